@@ -1,0 +1,227 @@
+"""Admission: turns what a client sent into what the scheduler can serve, or refuses it at once with the numbers.
+
+It is the author of refusals (docs/architecture.md, "One terminal event").
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millrace.runtime.channel import ChannelClosed, Receiver, Sender
+from millrace.runtime.errors import ContextLengthError, InvalidRequestError, MillraceError
+from millrace.runtime.kv.prefix import PrefixHasher
+from millrace.runtime.messages import (
+    AdmissionInbox,
+    Admitted,
+    Cancel,
+    Opened,
+    SchedulerInbox,
+    StreamerInbox,
+    Submit,
+)
+from millrace.runtime.metrics import Metrics
+from millrace.runtime.text.chat import ChatTemplate, encode_chat
+from millrace.runtime.text.tokenizer import Tokenizer
+from millrace.runtime.types import BLOCK_SIZE, ChatPrompt, FinishReason, RequestId, TextPrompt, TokensPrompt
+from millrace.runtime.world import World
+
+LONG_TEXT = 16_384  # characters; longer prompts are encoded in a helper thread, so that the loop does not stall
+
+
+class Capacity:
+    """What one request can have at most.
+
+    Attributes:
+        max_model_len: positions of one sequence, prompt and output.
+        num_blocks: usable KV blocks.
+        max_rows: sequences that can run at once.
+        vocab_size: ids that the model has logits for.
+        max_logprobs: top alternatives per token.
+    """
+
+    def __init__(
+        self, *, max_model_len: int, num_blocks: int, max_rows: int, vocab_size: int, max_logprobs: int
+    ) -> None:
+        self.max_model_len = max_model_len
+        self.num_blocks = num_blocks
+        self.max_rows = max_rows
+        self.vocab_size = vocab_size
+        self.max_logprobs = max_logprobs
+
+    def check_prompt(self, tokens: Sequence[int] | NDArray[np.int32]) -> None:
+        if len(tokens) == 0:
+            raise InvalidRequestError("the prompt is empty; give at least one token", param="prompt")
+        low, high = int(np.min(tokens)), int(np.max(tokens))
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise InvalidRequestError(
+                f"token id {wrong} is not in the vocabulary, 0 to {self.vocab_size - 1}", param="prompt"
+            )
+
+    def max_new_tokens(self, prompt: int, wanted: int | None, n: int) -> int:
+        """Bounds the output of a request, or raises with the numbers when it can never fit."""
+        if n > self.max_rows:
+            raise InvalidRequestError(
+                f"n is {n}, but {self.max_rows} sequences can run at once (scheduler.max_num_seqs)", param="n"
+            )
+        room = self.max_model_len - prompt
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = f"{wanted} output tokens" if wanted is not None else "at least one output token"
+            raise ContextLengthError(
+                f"the model's context holds {self.max_model_len} tokens, but the prompt has {prompt} and {asked} "
+                f"{'were' if wanted is not None and wanted != 1 else 'was'} asked for; "
+                "shorten the prompt or lower max_tokens",
+                param="messages" if room < 1 else "max_tokens",
+            )
+        most = self._most_that_fit(prompt, n)
+        if most < (1 if wanted is None else wanted):
+            blocks = self.blocks(prompt, wanted or 1, n)
+            raise ContextLengthError(
+                f"prompt ({prompt} tokens), output ({wanted or 1}) and n ({n}) need {blocks} KV blocks of {BLOCK_SIZE} "
+                f"tokens, but the cache has {self.num_blocks}; at most {max(most, 0)} output tokens fit: "
+                "shorten the request or raise kv.memory_mb",
+                param="max_tokens",
+            )
+        return min(room, most) if wanted is None else wanted
+
+    def blocks(self, prompt: int, new: int, n: int) -> int:
+        """Blocks that a request holds at its longest: the choices share the prompt's full blocks."""
+        shared = prompt // BLOCK_SIZE if n > 1 else 0
+        each = -(-(prompt + new) // BLOCK_SIZE)
+        # While the choices fork, the prompt's last, partial block is held beside their copies of it.
+        return shared + n * (each - shared) + (1 if n > 1 and prompt % BLOCK_SIZE else 0)
+
+    def _most_that_fit(self, prompt: int, n: int) -> int:
+        shared = prompt // BLOCK_SIZE if n > 1 else 0
+        spare = self.num_blocks - shared - (1 if n > 1 and prompt % BLOCK_SIZE else 0)
+        return (shared + spare // n) * BLOCK_SIZE - prompt
+
+
+class Admission:
+    """Owns the tokenizer's encoding side, the chat template and the limits."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        hasher: PrefixHasher | None,
+        capacity: Capacity,
+        metrics: Metrics,
+        inbox: Receiver[AdmissionInbox],
+        streamer: Sender[StreamerInbox],
+        scheduler: Sender[SchedulerInbox],
+    ) -> None:
+        self._world = world
+        self._tokenizer = tokenizer
+        self._template = template
+        self._hasher = hasher
+        self._capacity = capacity
+        self._metrics = metrics
+        self._inbox = inbox
+        self._streamer = streamer
+        self._scheduler = scheduler
+        self._seeds = world.rng("seeds")
+        self._encoding: dict[RequestId, Cancel | None] = {}  # in a helper thread, and the cancel that came meanwhile
+
+    async def run(self) -> None:
+        while True:
+            for message in await self._inbox.recv_batch():
+                if isinstance(message, Cancel):
+                    await self._cancel(message)
+                elif _length(message) > LONG_TEXT:
+                    self._encoding[message.rid] = None
+                    self._world.spawn(self._admit_long(message), f"encode-{message.rid}")
+                else:
+                    await self._admit(message)
+
+    async def _cancel(self, cancel: Cancel) -> None:
+        if cancel.rid in self._encoding:
+            self._encoding[cancel.rid] = cancel  # it must not overtake the request
+        else:
+            await self._scheduler.send(cancel)
+
+    async def _admit(self, submit: Submit) -> None:
+        try:
+            admitted = self._prepare(submit, self._encode(submit))
+        except MillraceError as error:
+            self._refuse(submit, error)
+            return
+        await self._forward(submit, admitted)
+
+    async def _admit_long(self, submit: Submit) -> None:
+        try:
+            admitted = await self._world.to_thread(lambda: self._prepare(submit, self._encode(submit)))
+        except MillraceError as error:
+            del self._encoding[submit.rid]
+            self._refuse(submit, error)
+            return
+        except Exception:
+            # The request is the smallest unit that can be named; what is in its text stays out of the reply.
+            del self._encoding[submit.rid]
+            self._refuse(submit, InvalidRequestError("the prompt could not be encoded", param="prompt"))
+            return
+        try:
+            await self._forward(submit, admitted)
+            cancel = self._encoding.pop(submit.rid)
+            if cancel is not None:
+                await self._scheduler.send(cancel)
+        except ChannelClosed:
+            self._encoding.pop(submit.rid, None)  # the runtime is closing, and has told every reader
+
+    async def _forward(self, submit: Submit, admitted: Admitted) -> None:
+        await self._streamer.send(Opened(submit.rid, admitted.prompt, submit.sampling, submit.mailbox))
+        await self._scheduler.send(admitted)
+
+    def _refuse(self, submit: Submit, error: MillraceError) -> None:
+        self._metrics.finished(FinishReason.REFUSED, self._world.now() - submit.arrived, 0)
+        submit.mailbox.fail(error)
+
+    def _encode(self, submit: Submit) -> Sequence[int]:
+        prompt = submit.prompt
+        if isinstance(prompt, TextPrompt):
+            return self._tokenizer.encode(prompt.text, prompt.add_special_tokens)
+        if isinstance(prompt, TokensPrompt):
+            return prompt.tokens
+        return encode_chat(
+            self._tokenizer,
+            self._template,
+            prompt.messages,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            **prompt.template_kwargs,
+        )
+
+    def _prepare(self, submit: Submit, tokens: Sequence[int]) -> Admitted:
+        capacity, sampling = self._capacity, submit.sampling
+        sampling.validate(capacity.vocab_size, capacity.max_logprobs)
+        capacity.check_prompt(tokens)
+        prompt = np.array(tokens, dtype=np.int32)
+        max_new_tokens = capacity.max_new_tokens(len(prompt), sampling.max_tokens, sampling.n)
+        hashes: list[bytes] = []
+        if self._hasher is not None:
+            self._hasher.extend(hashes, prompt, submit.cache_salt)
+        return Admitted(
+            rid=submit.rid,
+            prompt=prompt,
+            block_hashes=tuple(hashes),
+            sampling=sampling,
+            seed=self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed & (2**64 - 1),
+            max_new_tokens=max_new_tokens,
+            priority=submit.priority,
+            deadline=submit.deadline,
+            arrived=submit.arrived,
+            cache_salt=submit.cache_salt,
+        )
+
+
+def _length(submit: Submit) -> int:
+    """Characters to encode; ids need no encoding."""
+    prompt = submit.prompt
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text)
+    if isinstance(prompt, ChatPrompt):
+        return sum(len(message.content) for message in prompt.messages)
+    return 0

@@ -1,0 +1,167 @@
+"""The sampler: draws the next token of every row behind its logits, and says which sequences ended by their tokens.
+
+It is the author of EOS, stop ids, length and broken logits (docs/architecture.md, "One terminal event").
+"""
+
+from functools import partial
+
+import numpy as np
+
+from millrace.runtime.channel import Receiver, Sender
+from millrace.runtime.device import Device
+from millrace.runtime.errors import ErrorInfo, RequestFailedError
+from millrace.runtime.messages import (
+    Column,
+    DecodeInbox,
+    Finished,
+    LogitsReady,
+    RowsReady,
+    SamplerInbox,
+    SchedulerInbox,
+    StreamerInbox,
+    TokensSampled,
+)
+from millrace.runtime.sampling.batch import Sampled, SamplerState
+from millrace.runtime.sampling.rows import TokenRows
+from millrace.runtime.types import FinishReason, Lane, choice_of
+from millrace.runtime.world import World
+
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+class Sampler:
+    """Owns the sampling state of all rows on the device, and what decides a sequence's end on the host.
+
+    The device's part runs in stream order and never waits for the host: a sequence that has ended is sampled once or
+    twice more by the steps launched behind its last one, and those tokens are dropped here.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        world: World,
+        state: SamplerState,
+        tokens: TokenRows,
+        eos_token_ids: tuple[int, ...],
+        inbox: Receiver[SamplerInbox],
+        decode: Sender[DecodeInbox],
+        scheduler: Sender[SchedulerInbox],
+        streamer: Sender[StreamerInbox],
+    ) -> None:
+        self._device = device
+        self._world = world
+        self._inbox = inbox
+        self._decode = decode
+        self._scheduler = scheduler
+        self._streamer = streamer
+        # In stream order only:
+        self._state = state
+        self._tokens = tokens
+        self._joined: set[int] = set()
+        # On the host, [max_rows]:
+        rows = tokens.max_rows
+        self._eos = np.array(eos_token_ids, dtype=np.int32)
+        self._num_output = np.zeros(rows, dtype=np.int32)
+        self._max_new = np.zeros(rows, dtype=np.int32)
+        self._stops_at_eos = np.zeros(rows, dtype=bool)
+        self._ended = np.ones(rows, dtype=bool)
+        self._stop_ids: dict[int, frozenset[int]] = {}  # row -> ids, for rows that have any
+
+    async def run(self) -> None:
+        while True:
+            for ready in await self._inbox.recv_batch():
+                self.launch(ready)
+
+    def launch(self, ready: LogitsReady) -> None:
+        for join in ready.joins:
+            self._num_output[join.row] = len(join.output)
+            self._max_new[join.row] = join.max_new_tokens
+            self._stops_at_eos[join.row] = not join.sampling.ignore_eos
+            self._ended[join.row] = False
+            self._stop_ids.pop(join.row, None)
+            if join.sampling.stop_token_ids:
+                self._stop_ids[join.row] = frozenset(join.sampling.stop_token_ids)
+        launched_at = self._world.now()
+        if len(ready.rows):
+            self._device.launch(ready.stream, partial(ready.output.run, partial(self._sample, ready)))
+        if ready.lane is Lane.DECODE:
+            self._decode.send_nowait(RowsReady(ready.step))
+        self._device.notify(ready.stream, partial(self._complete, ready, launched_at))
+
+    def _sample(self, ready: LogitsReady) -> None:
+        """In stream order: draws, and leaves the tokens where the next decode step reads them."""
+        for join in ready.joins:
+            if join.row in self._joined:
+                self._state.leave(join.row)
+            self._joined.add(join.row)
+            self._state.join(join.row, join.sampling, join.seed, choice_of(join.seq), join.prompt, join.output)
+        sampled = self._state.sample(ready.output.logits, ready.rows, ready.logits_index)
+        # A row with broken logits has no token; it has ended, and what is computed behind it is dropped.
+        self._tokens.scatter(ready.rows, np.maximum(sampled.tokens, 0))
+        ready.output.sampled = sampled
+        ready.output.logits = None
+
+    def _complete(self, ready: LogitsReady, launched_at: float) -> None:
+        """On the loop, once the ids are on the host: tells scheduler and streamer what the step brought."""
+        message = self._report(ready, launched_at)
+        self._scheduler.send_nowait(message)
+        self._streamer.send_nowait(message)
+
+    def _report(self, ready: LogitsReady, launched_at: float) -> TokensSampled:
+        rows, output = ready.rows, ready.output
+        error: ErrorInfo | None = None
+        finished: tuple[Finished, ...] = ()
+        counts: Column = np.zeros(len(rows), dtype=np.int32)
+        tokens: Column = _NO_TOKENS
+        positions = self._num_output[rows]
+        if output.error is not None:
+            message = f"the engine failed while it computed this request: {type(output.error).__name__}"
+            error = RequestFailedError(message).info()
+            self._ended[rows] = True
+        elif len(rows):
+            drawn = ~self._ended[rows]
+            finished = self._finish(rows, drawn, output.sampled)
+            counts = drawn.astype(np.int32)
+            tokens = output.sampled.tokens[drawn]
+        return TokensSampled(
+            lane=ready.lane,
+            step=ready.step,
+            seqs=ready.seqs,
+            counts=counts,
+            tokens=tokens,
+            positions=positions,
+            finished=finished,
+            logprobs=None if output.sampled is None else output.sampled.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            error=error,
+            launched_at=launched_at,
+            ready_at=self._world.now(),
+        )
+
+    def _finish(self, rows: Column, drawn: Column, sampled: Sampled) -> tuple[Finished, ...]:
+        """Finds the sequences that ended with this step; rows without a token of their own are cleared in `drawn`."""
+        finished: list[Finished] = []
+        for index, reason in zip(sampled.bad_rows.tolist(), sampled.bad_reasons, strict=True):
+            if drawn[index]:
+                drawn[index] = False
+                self._ended[rows[index]] = True
+                finished.append(Finished(index, FinishReason.FAILED, error=RequestFailedError(reason).info()))
+        for index in np.flatnonzero(drawn & (self._max_new[rows] == 0)).tolist():
+            drawn[index] = False
+            self._ended[rows[index]] = True
+            finished.append(Finished(index, FinishReason.LENGTH))
+        self._num_output[rows] += drawn
+        at_eos = np.isin(sampled.tokens, self._eos) & self._stops_at_eos[rows]
+        at_stop = np.zeros(len(rows), dtype=bool)
+        if self._stop_ids:
+            for index, row in enumerate(rows.tolist()):
+                at_stop[index] = row in self._stop_ids and int(sampled.tokens[index]) in self._stop_ids[row]
+        at_length = self._num_output[rows] >= self._max_new[rows]
+        for index in np.flatnonzero(drawn & (at_eos | at_stop | at_length)).tolist():
+            self._ended[rows[index]] = True
+            if at_eos[index] or at_stop[index]:
+                finished.append(Finished(index, FinishReason.STOP, stop_id=int(sampled.tokens[index])))
+            else:
+                finished.append(Finished(index, FinishReason.LENGTH))
+        return tuple(finished)

@@ -1,0 +1,1 @@
+"""Compute kernels behind plain fronts: `millrace.kernels.ops` is what models call."""

@@ -1,0 +1,187 @@
+"""What passes between the fronts in `ops` and the backends: argument records, packed weights, refusals."""
+
+import abc
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 16  # token slots per KV block
+
+T = TypeVar("T")
+
+
+class Refusal(NamedTuple):
+    """A backend's answer when it cannot serve an op: why not, in words that name the shape or the missing thing."""
+
+    reason: str
+
+
+class PackedLinear(abc.ABC):
+    """A weight matrix in the layout that its backend multiplies fastest, with the bias; made by `ops.pack_linear`.
+
+    Attributes:
+        in_features: columns of the weight [out_features, in_features].
+        out_features: rows of the weight.
+        weight_bytes: bytes held, padding and bias included.
+        dtype: of the stored weight, float32 or bfloat16; arithmetic is float32 either way.
+    """
+
+    in_features: int
+    out_features: int
+    weight_bytes: int
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias: x [num_tokens, in_features] float32 -> [num_tokens, out_features] float32.
+
+        Raises:
+            ValueError: x has another shape or dtype, or is not contiguous.
+        """
+        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(
+                f"linear: x is {describe(x)}, but it must be contiguous float32 [num_tokens, {self.in_features}]"
+            )
+        return self.apply(x)
+
+    @abc.abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """`__call__` after its checks."""
+
+    @abc.abstractmethod
+    def row_lookup(self, tokens: Tensor) -> Tensor:
+        """Rows of the weight, for a tied embedding: tokens [num_tokens] int64 -> [num_tokens, in_features] float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBatch:
+    """Where each sequence's queries and keys lie. Made once per forward pass, shared by all layers.
+
+    Attributes:
+        query_starts: [num_seqs + 1] int32, bounds of each sequence's tokens in the flat batch.
+        context_lens: [num_seqs] int32, keys of each sequence, this batch's included.
+        block_tables: [num_seqs, max_blocks] int32.
+        max_query_len, max_context_len: maxima over the sequences.
+        num_tokens: query tokens of the batch.
+    """
+
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_query_len: int
+    max_context_len: int
+    num_tokens: int
+    _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_seqs(self) -> int:
+        return self.context_lens.shape[0]
+
+    def plan(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What a backend works out once for all layers (gather indices, masks); `key` names backend and options."""
+        if key not in self._plans:
+            self._plans[key] = make()
+        plan: T = self._plans[key]
+        return plan
+
+
+class PackArgs(NamedTuple):
+    weight: Tensor  # [out, in] float32 or bfloat16
+    bias: Tensor | None  # [out]
+
+
+class EmbeddingArgs(NamedTuple):
+    tokens: Tensor  # [num_tokens] int64
+    weight: Tensor  # [vocab, hidden] float32 or bfloat16
+
+
+class NormArgs(NamedTuple):
+    """For the four norms. Layer norms have a bias, the `add_` forms a residual that takes the sum in place."""
+
+    x: Tensor  # [..., hidden] float32
+    weight: Tensor  # [hidden]
+    eps: float
+    bias: Tensor | None = None  # [hidden]
+    residual: Tensor | None = None  # [..., hidden] float32, replaced by x + residual
+
+
+class ActivationArgs(NamedTuple):
+    x: Tensor  # silu_mul: [num_tokens, 2 * width], gelu_tanh: any shape; float32
+
+
+class RopeArgs(NamedTuple):
+    q: Tensor  # [num_tokens, num_heads, head_dim] float32, changed in place
+    k: Tensor  # [num_tokens, num_kv_heads, head_dim] float32, changed in place
+    cos_sin: Tensor  # [max_positions, rotary_dim] float32, cosines in the first half
+    positions: Tensor  # [num_tokens] int64
+
+
+class WriteKvArgs(NamedTuple):
+    k: Tensor  # [num_tokens, num_kv_heads, head_dim] float32
+    v: Tensor  # as k
+    k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32
+    v_cache: Tensor  # as k_cache
+    slot_mapping: Tensor  # [num_tokens] int64, block * BLOCK_SIZE + offset
+
+
+class AttentionArgs(NamedTuple):
+    q: Tensor  # [num_tokens, num_heads, head_dim] float32
+    k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32
+    v_cache: Tensor  # as k_cache
+    batch: AttentionBatch
+    scale: float
+    window: int | None
+
+
+class CopyBlocksArgs(NamedTuple):
+    kv_storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
+    source: Tensor  # [num_copies] int64
+    target: Tensor  # [num_copies] int64
+
+
+class Backend:
+    """One way to compute the ops. An op that a backend does not override, or cannot serve for the arguments given,
+    is refused with a reason, and the next backend of the list is asked."""
+
+    name: str = "none"
+
+    def _lacks(self, op: str) -> Refusal:
+        return Refusal(f"it has no {op}")
+
+    def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
+        return self._lacks("pack_linear")
+
+    def embedding(self, args: EmbeddingArgs) -> Tensor | Refusal:
+        return self._lacks("embedding")
+
+    def rms_norm(self, args: NormArgs) -> Tensor | Refusal:
+        return self._lacks("rms_norm")
+
+    def layer_norm(self, args: NormArgs) -> Tensor | Refusal:
+        return self._lacks("layer_norm")
+
+    def silu_mul(self, args: ActivationArgs) -> Tensor | Refusal:
+        return self._lacks("silu_mul")
+
+    def gelu_tanh(self, args: ActivationArgs) -> Tensor | Refusal:
+        return self._lacks("gelu_tanh")
+
+    def rope(self, args: RopeArgs) -> Refusal | None:
+        return self._lacks("rope")
+
+    def write_kv(self, args: WriteKvArgs) -> Refusal | None:
+        return self._lacks("write_kv")
+
+    def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
+        return self._lacks("paged_attention")
+
+    def copy_blocks(self, args: CopyBlocksArgs) -> Refusal | None:
+        return self._lacks("copy_blocks")
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape, dtype and layout of a tensor, for an error message."""
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}{layout}"

@@ -1,0 +1,93 @@
+// What the CPU kernels share: vectors as wide as the target has them, unaligned loads, exp, a work counter.
+// GCC and Clang vector extensions only, so that one source serves AVX-512, AVX2 and anything narrower.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include <omp.h>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // floats per vector
+constexpr int MR = 12;  // rows of a register tile: MR x 2 accumulators, 2 weights, 1 broadcast fit the register file
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+constexpr int MR = 6;
+#elif defined(__aarch64__)
+constexpr int VL = 4;
+constexpr int MR = 12;
+#else
+constexpr int VL = 4;
+constexpr int MR = 6;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+static INLINE vf load(const float* p) { return *(const vf_any*)p; }
+static INLINE void store(float* p, vf v) { *(vf_any*)p = v; }
+static INLINE vf splat(float s) { return s - vf{}; }
+static INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// A fixed tree: lanes i and i + half, halving. Never reordered, so equal inputs give equal bits.
+static INLINE float hsum(vf v) {
+    float lanes[VL];
+    store(lanes, v);
+    for (int half = VL / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+static INLINE float hmax(vf v) {
+    float lanes[VL];
+    store(lanes, v);
+    for (int half = VL / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
+}
+
+// exp to about 1 ulp of float32: range reduction by ln 2 in two parts, then the Cephes expf polynomial.
+// Arguments below -87 give about 1e-38, above 88 give about 1.7e38; NaN is not kept.
+static INLINE vf vexp(vf x) {
+    x = vmax(x, splat(-87.0f));
+    x = x < splat(88.0f) ? x : splat(88.0f);
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf n = (x * 1.44269504f + magic) - magic;
+    vf r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+}
+
+static INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
+static INLINE long least(long a, long b) { return a < b ? a : b; }
+static INLINE long most(long a, long b) { return a > b ? a : b; }
+
+// Scratch that grows and stays with its thread, so that a call in the hot path does not allocate.
+struct Scratch {
+    float* data = nullptr;
+    size_t capacity = 0;
+    float* get(size_t count) {
+        if (count > capacity) {
+            free(data);
+            capacity = (count + 4095) / 4096 * 4096;
+            data = (float*)aligned_alloc(64, capacity * sizeof(float));
+            if (!data) abort();  // no error can cross the thread team
+        }
+        return data;
+    }
+    ~Scratch() { free(data); }
+};

@@ -1,0 +1,248 @@
+// y = x @ W^T + b with W packed in panels of PW output features.
+//
+// Packed layout: [panel][k][PW], float32, or bfloat16 pairs: the 32-bit word i of a row of a panel holds feature i in
+// its low half and feature VL + i in its high half, so that one load and two cheap operations give two vectors.
+// Each output element is one chain of fused multiply-adds over k = 0 .. K-1, begun at the bias, wherever the tiles,
+// blocks and threads fall: a row's result has the same bits for every number of rows in the batch.
+
+#include "common.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+constexpr int PW = 2 * VL;             // output features per panel
+constexpr long BLOCK_K = 512;          // k per block: a panel's block (64 KiB) and some tiles of x stay in L2
+constexpr long BLOCK_M = 192;          // rows of x per block
+constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
+constexpr int WIDEN_TILES = 3;         // from so many tiles on, widening a bfloat16 block once pays
+constexpr long STREAM_AHEAD = 4096;    // bytes fetched ahead in the weight stream
+
+struct Pair {
+    vf low, high;
+};
+
+INLINE Pair load_weights(const float* w, long k) { return {load(w + k * PW), load(w + k * PW + VL)}; }
+INLINE Pair load_weights(const uint32_t* w, long k) {
+    vu word = *(const vu_any*)(w + k * VL);
+    return {(vf)(word << 16), (vf)(word & 0xffff0000u)};
+}
+// What to fetch while a tile computes: `step` bytes of the weight stream for each k, from `from` on.
+struct Ahead {
+    const char* from;
+    long step;
+};
+
+// One register tile: c[R][PW] = start + a[k][R]^T w[k][PW]. start is c itself, or the bias with stride 0.
+template <int R, class W>
+void tile(const float* a, const W* w, long k, Ahead ahead, const float* start, long start_stride, float* c,
+          long c_stride) {
+    vf low[R], high[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        low[r] = load(start + r * start_stride);
+        high[r] = load(start + r * start_stride + VL);
+    }
+#pragma GCC unroll 2
+    for (long i = 0; i < k; i++) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        if (sizeof(W) * PW > 64 && __is_same(W, float)) __builtin_prefetch(ahead.from + 64, 0, 2);
+        ahead.from += ahead.step;
+        Pair weights = load_weights(w, i);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            vf x = splat(a[i * R + r]);
+            low[r] += x * weights.low;
+            high[r] += x * weights.high;
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        store(c + r * c_stride, low[r]);
+        store(c + r * c_stride + VL, high[r]);
+    }
+}
+
+template <class W>
+using Tile = void (*)(const float*, const W*, long, Ahead, const float*, long, float*, long);
+
+template <class W, int... R>
+struct Tiles {
+    static constexpr Tile<W> table[] = {nullptr, tile<R, W>...};
+};
+#if defined(__AVX512F__) || defined(__aarch64__)
+template <class W>
+using AllTiles = Tiles<W, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+#else
+template <class W>
+using AllTiles = Tiles<W, 1, 2, 3, 4, 5, 6>;
+#endif
+
+// How M rows fall into tiles of nearly equal height; tile t has rows [begin(t), begin(t + 1)).
+struct Rows {
+    long tiles, base, extra;
+    explicit Rows(long m) : tiles(ceil_div(m, MR)), base(m / tiles), extra(m % tiles) {}
+    long begin(long t) const { return t * base + least(t, extra); }
+};
+
+struct Problem {
+    const float* x;     // [m][k]
+    const void* w;      // packed
+    const float* bias;  // [panels * PW]
+    float* y;           // [m][n]
+    long m, n, k;
+};
+
+// x as [k block][tile][k][R], the order in which tiles read it.
+void pack_rows(const Problem& p, const Rows& rows, long block_k, float* out, long part, long parts) {
+    for (long unit = part; unit < rows.tiles * ceil_div(p.k, block_k); unit += parts) {
+        long k0 = unit / rows.tiles * block_k, t = unit % rows.tiles;
+        long r0 = rows.begin(t), height = rows.begin(t + 1) - r0, kc = least(block_k, p.k - k0);
+        float* to = out + k0 * p.m + r0 * kc;
+        for (long r = 0; r < height; r++)
+            for (long i = 0; i < kc; i++) to[i * height + r] = p.x[(r0 + r) * p.k + k0 + i];
+    }
+}
+
+template <class W>
+INLINE const char* weights_at(const Problem& p, long panel) {
+    return (const char*)p.w + panel * p.k * PW * (__is_same(W, float) ? 4 : 2);
+}
+
+void widen(const uint32_t* w, long k, float* out) {
+    for (long i = 0; i < k; i++) {
+        Pair pair = load_weights(w, i);
+        store(out + i * PW, pair.low);
+        store(out + i * PW + VL, pair.high);
+    }
+}
+
+// All k of tiles [t0, t1) against panels [n0, n1).
+template <class W>
+void multiply(const Problem& p, const Rows& rows, long block_k, const float* a, long t0, long t1, long n0, long n1) {
+    constexpr bool narrow = !__is_same(W, float);
+    constexpr long row_bytes = PW * (narrow ? 2 : 4);
+    alignas(64) float edge[MR * PW];       // a tile of the last panel, which may be narrower than PW
+    alignas(64) float wide[BLOCK_K * PW];  // a block of a panel, widened
+    const bool widening = narrow && t1 - t0 >= WIDEN_TILES;
+    for (long k0 = 0; k0 < p.k; k0 += block_k) {
+        long kc = least(block_k, p.k - k0);
+        for (long index = n0; index < n1; index++) {
+            const W* w = (const W*)(weights_at<W>(p, index) + k0 * row_bytes);
+            if constexpr (narrow)
+                if (widening) widen(w, kc, wide);
+            const char* next = index + 1 < n1 ? weights_at<W>(p, index + 1) + k0 * row_bytes
+                                              : weights_at<W>(p, n0) + (k0 + kc) * row_bytes;
+            long columns = least(PW, p.n - index * PW);
+            const float* bias = p.bias + index * PW;
+            for (long t = t0; t < t1; t++) {
+                long r0 = rows.begin(t), height = rows.begin(t + 1) - r0;
+                const float* from = a + k0 * p.m + r0 * kc;
+                float* y = p.y + r0 * p.n + index * PW;
+                float* c = columns < PW ? edge : y;
+                long stride = columns < PW ? PW : p.n;
+                if (columns < PW && k0)
+                    for (long r = 0; r < height; r++) memcpy(edge + r * PW, y + r * p.n, columns * 4);
+                const float* start = k0 ? c : bias;
+                long start_stride = k0 ? stride : 0;
+                // One tile streams just ahead of itself; several share out the fetching of the next block.
+                long share = ceil_div(row_bytes, t1 - t0);
+                Ahead ahead = t1 - t0 == 1 ? Ahead{(const char*)w + STREAM_AHEAD, row_bytes}
+                                           : Ahead{next + (t - t0) * share * kc, share};
+                if (widening)
+                    AllTiles<float>::table[height](from, wide, kc, ahead, start, start_stride, c, stride);
+                else
+                    AllTiles<W>::table[height](from, w, kc, ahead, start, start_stride, c, stride);
+                if (columns < PW)
+                    for (long r = 0; r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
+            }
+        }
+    }
+}
+
+template <class W>
+void linear(const Problem& p, int threads) {
+    static thread_local Scratch scratch;
+    Rows rows(p.m);
+    long panels = ceil_div(p.n, PW);
+    // A single tile reads each weight once whatever the blocks; more tiles want the block again from cache.
+    long blocks = rows.tiles == 1 ? 1 : ceil_div(p.k, BLOCK_K);
+    long block_k = ceil_div(p.k, blocks);
+    long row_blocks = ceil_div(p.m, BLOCK_M);
+    long group = most(1, least(8, panels * row_blocks / (threads * 12)));
+    long groups = ceil_div(panels, group);
+    bool packs = p.m > 1;  // one row is its own packed form
+    float* packed = packs ? scratch.get(p.m * p.k) : nullptr;
+    const float* a = packs ? packed : p.x;
+    std::atomic<long> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+        if (packs) {
+            pack_rows(p, rows, block_k, packed, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+        }
+        for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < groups * row_blocks;) {
+            long n0 = task / row_blocks * group, block = task % row_blocks;
+            multiply<W>(p, rows, block_k, a, rows.tiles * block / row_blocks, rows.tiles * (block + 1) / row_blocks,
+                        n0, least(n0 + group, panels));
+        }
+    }
+}
+
+}  // namespace
+
+EXPORT long mr_panel_width() { return PW; }
+
+// x [m][k], w packed, bias [ceil(n / PW) * PW], y [m][n].
+EXPORT void mr_linear(const float* x, const void* w, int bf16, const float* bias, float* y, long m, long n, long k,
+                      int threads) {
+    for (long m0 = 0; m0 < m; m0 += SUPER_M) {
+        Problem p{x + m0 * k, w, bias, y + m0 * n, least(SUPER_M, m - m0), n, k};
+        if (bf16)
+            linear<uint32_t>(p, threads);
+        else
+            linear<float>(p, threads);
+    }
+}
+
+// w [n][k] of float32 or bfloat16 -> out [panels][k][PW] of the same; features past n are zero.
+EXPORT void mr_pack(const void* w, int bf16, void* out, long n, long k, int threads) {
+    long panels = ceil_div(n, PW);
+#ifdef __linux__
+    // Huge pages save a page walk every 4 KiB of the stream; the request may be ignored.
+    uintptr_t begin = ((uintptr_t)out + 4095) & ~(uintptr_t)4095, size = panels * k * PW * (bf16 ? 2 : 4);
+    if (size > (1 << 21)) madvise((void*)begin, (size - 4096) & ~(uintptr_t)4095, MADV_HUGEPAGE);
+#endif
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long index = 0; index < panels; index++) {
+        for (int j = 0; j < PW; j++) {
+            long row = index * PW + j;
+            if (bf16) {
+                const uint16_t* from = (const uint16_t*)w + row * k;
+                uint16_t* to = (uint16_t*)out + index * k * PW + (j % VL) * 2 + j / VL;
+                for (long i = 0; i < k; i++) to[i * PW] = row < n ? from[i] : 0;
+            } else {
+                const float* from = (const float*)w + row * k;
+                float* to = (float*)out + index * k * PW + j;
+                for (long i = 0; i < k; i++) to[i * PW] = row < n ? from[i] : 0.0f;
+            }
+        }
+    }
+}
+
+// Rows of the original matrix: y [count][k] = w[tokens[i]][:].
+EXPORT void mr_unpack_rows(const void* w, int bf16, const int64_t* tokens, float* y, long count, long k) {
+    for (long t = 0; t < count; t++) {
+        long index = tokens[t] / PW, j = tokens[t] % PW;
+        for (long i = 0; i < k; i++) {
+            if (bf16) {
+                uint32_t bits = (uint32_t)((const uint16_t*)w)[(index * k + i) * PW + (j % VL) * 2 + j / VL] << 16;
+                memcpy(y + t * k + i, &bits, 4);
+            } else {
+                y[t * k + i] = ((const float*)w)[(index * k + i) * PW + j];
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+"""The ops in plain torch: works wherever torch does, needs no compiler, and serves what faster backends refuse."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from millrace.kernels.arguments import (
+    BLOCK_SIZE,
+    ActivationArgs,
+    AttentionArgs,
+    AttentionBatch,
+    Backend,
+    CopyBlocksArgs,
+    EmbeddingArgs,
+    NormArgs,
+    PackArgs,
+    PackedLinear,
+    RopeArgs,
+    WriteKvArgs,
+)
+
+_WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which stays in the last-level cache
+
+
+class TorchLinear(PackedLinear):
+    """Keeps the given weight tensor itself; a bfloat16 weight is widened slice by slice at each call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight.contiguous()  # [out, in]
+        self.bias = None if bias is None else bias.float()  # [out]
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.weight_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def apply(self, x: Tensor) -> Tensor:
+        if self.dtype == torch.float32:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.empty(x.shape[0], self.out_features, device=x.device)
+        rows = max(1, _WIDEN_ELEMENTS // self.in_features)
+        for start in range(0, self.out_features, rows):
+            y[:, start : start + rows] = x @ self.weight[start : start + rows].float().t()
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    def row_lookup(self, tokens: Tensor) -> Tensor:
+        return self.weight.index_select(0, tokens).float()
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def pack_linear(self, args: PackArgs) -> PackedLinear:
+        return TorchLinear(args.weight, args.bias)
+
+    def embedding(self, args: EmbeddingArgs) -> Tensor:
+        return args.weight.index_select(0, args.tokens).float()
+
+    def rms_norm(self, args: NormArgs) -> Tensor:
+        x = _add_residual(args)
+        return F.rms_norm(x, (x.shape[-1],), args.weight.float(), args.eps)
+
+    def layer_norm(self, args: NormArgs) -> Tensor:
+        x = _add_residual(args)
+        bias = None if args.bias is None else args.bias.float()
+        return F.layer_norm(x, (x.shape[-1],), args.weight.float(), bias, args.eps)
+
+    def silu_mul(self, args: ActivationArgs) -> Tensor:
+        gate, up = args.x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def gelu_tanh(self, args: ActivationArgs) -> Tensor:
+        return F.gelu(args.x, approximate="tanh")
+
+    def rope(self, args: RopeArgs) -> None:
+        rows = args.cos_sin.index_select(0, args.positions).unsqueeze(1)  # [num_tokens, 1, rotary_dim]
+        cos, sin = rows.chunk(2, dim=-1)
+        half = cos.shape[-1]
+        for x in (args.q, args.k):
+            low = x[..., :half].clone()
+            high = x[..., half : 2 * half]
+            x[..., :half] = low * cos - high * sin
+            x[..., half : 2 * half] = high * cos + low * sin
+
+    def write_kv(self, args: WriteKvArgs) -> None:
+        block, offset = args.slot_mapping // BLOCK_SIZE, args.slot_mapping % BLOCK_SIZE
+        args.k_cache[block, :, offset] = args.k
+        args.v_cache[block, :, offset] = args.v
+
+    def paged_attention(self, args: AttentionArgs) -> Tensor:
+        if args.batch.num_tokens == 0:
+            return torch.empty_like(args.q)
+        if args.batch.max_query_len == 1 and args.batch.num_tokens == args.batch.num_seqs:
+            return _decode_attention(args)
+        return _ragged_attention(args)
+
+    def copy_blocks(self, args: CopyBlocksArgs) -> None:
+        args.kv_storage[:, :, args.target] = args.kv_storage[:, :, args.source]
+
+
+def _add_residual(args: NormArgs) -> Tensor:
+    return args.x if args.residual is None else args.residual.add_(args.x)
+
+
+class _DecodePlan:
+    """Which blocks a decode step gathers, and which of the gathered slots count.
+
+    Only blocks inside the window are gathered; the start is each sequence's own.
+    """
+
+    def __init__(self, batch: AttentionBatch, window: int | None) -> None:
+        ends = batch.context_lens.long()  # [num_seqs]
+        starts = torch.zeros_like(ends) if window is None else (ends - window).clamp_min(0)
+        first = starts // BLOCK_SIZE
+        width = int(((ends + BLOCK_SIZE - 1) // BLOCK_SIZE - first).max())
+        columns = first[:, None] + torch.arange(width, device=ends.device)
+        self.blocks = batch.block_tables.long().gather(1, columns.clamp_max(batch.block_tables.shape[1] - 1))
+        slots = first[:, None] * BLOCK_SIZE + torch.arange(width * BLOCK_SIZE, device=ends.device)
+        self.unseen = (slots < starts[:, None]) | (slots >= ends[:, None])  # [num_seqs, width * BLOCK_SIZE]
+
+
+def _decode_attention(args: AttentionArgs) -> Tensor:
+    """One query a sequence: all sequences in one batched product, query heads grouped by the kv head they share."""
+    num_seqs, num_heads, head_dim = args.q.shape
+    num_kv_heads = args.k_cache.shape[1]
+    plan = args.batch.plan(("torch decode", args.window), lambda: _DecodePlan(args.batch, args.window))
+    shape = (num_seqs, num_kv_heads, plan.unseen.shape[1], head_dim)
+    # Slots that nobody wrote may hold NaN, and 0 * NaN is NaN: values are zeroed, scores are replaced.
+    k = args.k_cache[plan.blocks].transpose(1, 2).reshape(shape)
+    v = args.v_cache[plan.blocks].transpose(1, 2).reshape(shape)
+    v = v.masked_fill_(plan.unseen[:, None, :, None], 0.0)
+    q = (args.q * args.scale).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = (q @ k.transpose(2, 3)).masked_fill_(plan.unseen[:, None, None, :], -torch.inf)
+    return (scores.softmax(-1) @ v).view(num_seqs, num_heads, head_dim)
+
+
+def _ragged_attention(args: AttentionArgs) -> Tensor:
+    """Any query lengths, one sequence after the other."""
+    _, num_heads, head_dim = args.q.shape
+    num_kv_heads = args.k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    out = torch.empty_like(args.q)
+    bounds = args.batch.query_starts.tolist()
+    for seq, context_len in enumerate(args.batch.context_lens.tolist()):
+        begin, end = bounds[seq], bounds[seq + 1]
+        query_len = end - begin
+        if query_len == 0:
+            continue
+        first_query = context_len - query_len
+        first_key = 0 if args.window is None else max(0, first_query - args.window + 1)
+        first_block = first_key // BLOCK_SIZE
+        blocks = args.batch.block_tables[seq, first_block : (context_len + BLOCK_SIZE - 1) // BLOCK_SIZE].long()
+        base = first_block * BLOCK_SIZE
+        keys = slice(first_key - base, context_len - base)
+        k = args.k_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]
+        v = args.v_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]
+        query = torch.arange(first_query, context_len, device=k.device)[:, None]
+        key = torch.arange(first_key, context_len, device=k.device)[None, :]
+        seen = key <= query if args.window is None else (key <= query) & (key > query - args.window)
+        # Query heads that share a kv head become rows of one product, so that keys are not repeated.
+        q = args.q[begin:end].view(query_len, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        q = q.reshape(1, num_kv_heads, group * query_len, head_dim)
+        mask = seen.repeat(group, 1)  # [group * query_len, keys]
+        y = F.scaled_dot_product_attention(q, k[None], v[None], attn_mask=mask, scale=args.scale)
+        y = y.view(num_kv_heads, group, query_len, head_dim).permute(2, 0, 1, 3)
+        out[begin:end] = y.reshape(query_len, num_heads, head_dim)
+    return out

@@ -1,0 +1,42 @@
+"""Everything that a checkpoint holds, loaded: model, tokenizer, chat template, and a name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from millrace.runtime.config import Config
+from millrace.runtime.models.base import Model
+from millrace.runtime.text.chat import ChatTemplate
+from millrace.runtime.text.tokenizer import Tokenizer
+from millrace.runtime.weights.loader import load_model, random_model
+from millrace.runtime.weights.resolve import resolve
+from millrace.runtime.weights.synthetic import preset
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    name: str
+    path: Path  # of tokenizer and template
+    model: Model
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+
+def load(config: Config, progress: Progress | None = None) -> Loaded:
+    """Loads what `config.model` names. Blocks; raises CheckpointError or ConfigError."""
+    path = resolve(config.model.path or None)
+    name = config.model.served_name or config.model.random_weights or path.name
+    tokenizer = Tokenizer.load(path)
+    length = config.model.max_model_len or None
+    report = None if progress is None else (lambda done, total: progress("weights", done, total))
+    model: Model
+    if config.model.random_weights:
+        # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
+        model = random_model(
+            preset(config.model.random_weights), dtype=config.model.dtype, max_model_len=length, progress=report
+        )
+    else:
+        model = load_model(path, dtype=config.model.dtype, max_model_len=length, progress=report)
+    return Loaded(name, path, model, tokenizer, ChatTemplate.load(path, tokenizer.special_tokens))

@@ -1,0 +1,38 @@
+"""Structured logs: a logger of one's own per runtime, never a change to the program's logging."""
+
+import logging
+import sys
+from typing import Any, Protocol, TextIO
+
+import structlog
+
+from millrace.runtime.config import LogConfig
+
+
+class Logger(Protocol):
+    """The part of structlog's loggers that we use: an event's name and its fields."""
+
+    def debug(self, event: str, **fields: Any) -> Any: ...
+    def info(self, event: str, **fields: Any) -> Any: ...
+    def warning(self, event: str, **fields: Any) -> Any: ...
+    def error(self, event: str, **fields: Any) -> Any: ...
+
+
+def make_logger(config: LogConfig, stream: TextIO | None = None) -> Logger:
+    """A logger that writes to stderr (or `stream`); control characters in values arrive escaped."""
+    target = stream or sys.stderr
+    renderer: Any = (
+        structlog.processors.JSONRenderer() if config.json else structlog.dev.ConsoleRenderer(colors=target.isatty())
+    )
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    if config.json:
+        processors.append(structlog.processors.format_exc_info)
+    logger: Logger = structlog.wrap_logger(
+        structlog.PrintLogger(target),
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(config.level.upper())),
+    )
+    return logger

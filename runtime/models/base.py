@@ -1,0 +1,74 @@
+"""What a lane asks of a model: one forward pass over a ragged batch, against paged KV storage.
+
+A model is arithmetic only. It does not know requests, rows, or who owns a block; it reads the block tables that the
+batch names, and writes keys and values into the slots that the batch names.
+"""
+
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes that planning needs.
+
+    Attributes:
+        max_model_len: positions that the checkpoint was made for.
+        sliding_window: keys older than this many positions are not attended to, per layer (None: all are).
+        eos_token_ids: ids that end a text, from generation_config.json, else config.json.
+        bos_token_id: the id that the checkpoint names as the beginning of a text.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    sliding_window: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    num_parameters: int = 0
+
+
+class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """A ragged batch: the new tokens of all sequences, one after the other. All tensors lie on the model's device.
+
+    Decode steps have one token a sequence; prefill chunks have many, behind a context that is cached already.
+    """
+
+    tokens: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64, position of each token in its sequence
+    slot_mapping: Tensor  # [num_tokens] int64, block * types.BLOCK_SIZE + offset where its key and value go
+    query_starts: Tensor  # [num_seqs + 1] int32, bounds of each sequence's tokens in the flat batch
+    context_lens: Tensor  # [num_seqs] int32, positions in the cache once this batch is written
+    block_tables: Tensor  # [num_seqs, max_blocks] int32; entries beyond a context are stale: not to be read
+    logits_indices: Tensor  # [num_logits] int64, tokens of the flat batch whose logits are wanted
+    max_query_len: int
+    max_context_len: int
+
+
+class Model(Protocol):
+    """One checkpoint, loaded. `kv` is the model's own storage, made by `allocate_kv`; nobody else looks inside."""
+
+    spec: ModelSpec
+    device: torch.device
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def kv_bytes_per_token(self) -> int: ...
+
+    def allocate_kv(self, num_blocks: int) -> Any:
+        """Storage for `num_blocks` blocks; block 0 is the null block. The pages may be committed on first write."""
+
+    def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+        """Writes keys and values of all tokens, and returns logits [num_logits, vocab_size] in float32."""
+
+    def copy_blocks(self, kv: Any, source: Tensor, target: Tensor) -> None:
+        """Copies whole blocks in every layer (copy-on-write); source and target are [num_copies] int64."""

@@ -1,0 +1,158 @@
+"""What an architecture declares: its tensors, named as the checkpoint names them, and how they become modules.
+
+The same declaration tells which weights must be there, how large they are, and how to load them, so that the lists
+cannot drift apart.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from millrace.kernels import ops
+
+
+class WeightSource(Protocol):
+    """Where a model takes its tensors from: a checkpoint's files, or a random generator."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
+
+    def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The type that a matrix stored as `stored` is kept in: float32 or bfloat16."""
+
+    def release(self) -> None:
+        """All tensors that were read so far have been copied; what they occupy may go."""
+
+
+class TensorDecl(msgspec.Struct, frozen=True):
+    """One tensor of the checkpoint. `ones` marks a norm's scale, which random weights leave at 1."""
+
+    name: str
+    shape: tuple[int, ...]
+    ones: bool = False
+
+
+class LinearPart(msgspec.Struct, frozen=True):
+    """One matrix of the checkpoint, <name>.weight and, if it has one, <name>.bias."""
+
+    name: str
+    out_features: int
+    bias: bool = False
+
+
+class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
+    """A linear map made of one or more matrices that read the same input; they are fused along the output.
+
+    `transposed` matrices are stored [in, out] (the Conv1D of GPT-2) instead of [out, in].
+    """
+
+    parts: tuple[LinearPart, ...]
+    in_features: int
+    transposed: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    def tensors(self) -> Iterator[TensorDecl]:
+        for part in self.parts:
+            shape = (part.out_features, self.in_features)
+            yield TensorDecl(f"{part.name}.weight", shape[::-1] if self.transposed else shape)
+            if part.bias:
+                yield TensorDecl(f"{part.name}.bias", (part.out_features,))
+
+    def load(self, source: WeightSource) -> ops.PackedLinear:
+        # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
+        dtype = source.storage_dtype(source.read(f"{self.parts[0].name}.weight").dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        has_bias = any(part.bias for part in self.parts)
+        bias = torch.zeros(self.out_features) if has_bias else None
+        start = 0
+        for part in self.parts:
+            stop = start + part.out_features
+            stored = source.read(f"{part.name}.weight")
+            weight[start:stop].copy_(stored.t() if self.transposed else stored)
+            if bias is not None and part.bias:
+                bias[start:stop].copy_(source.read(f"{part.name}.bias"))
+            start = stop
+        return ops.pack_linear(weight, bias)
+
+
+class EmbeddingDecl(msgspec.Struct, frozen=True):
+    """A table [rows, width], kept in the storage type of matrices."""
+
+    name: str
+    rows: int
+    width: int
+
+    def tensors(self) -> Iterator[TensorDecl]:
+        yield TensorDecl(self.name, (self.rows, self.width))
+
+    def load(self, source: WeightSource) -> Tensor:
+        stored = source.read(self.name)
+        return torch.empty(self.rows, self.width, dtype=source.storage_dtype(stored.dtype)).copy_(stored)
+
+
+class RMSNormDecl(msgspec.Struct, frozen=True):
+    name: str
+    width: int
+    eps: float
+
+    def tensors(self) -> Iterator[TensorDecl]:
+        yield TensorDecl(f"{self.name}.weight", (self.width,), ones=True)
+
+    def load(self, source: WeightSource) -> "RMSNorm":
+        return RMSNorm(_widened(source.read(f"{self.name}.weight")), self.eps)
+
+
+class LayerNormDecl(msgspec.Struct, frozen=True):
+    name: str
+    width: int
+    eps: float
+
+    def tensors(self) -> Iterator[TensorDecl]:
+        yield TensorDecl(f"{self.name}.weight", (self.width,), ones=True)
+        yield TensorDecl(f"{self.name}.bias", (self.width,))
+
+    def load(self, source: WeightSource) -> "LayerNorm":
+        weight, bias = (_widened(source.read(f"{self.name}.{part}")) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self.eps)
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight  # [width] float32
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (norm(x + residual), x + residual); the sum may overwrite `residual`."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class LayerNorm:
+    """Layer norm over the last dimension (Ba et al. 2016)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight = weight  # [width] float32
+        self.bias = bias  # [width] float32
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (norm(x + residual), x + residual); the sum may overwrite `residual`."""
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+def _widened(stored: Tensor) -> Tensor:
+    """A float32 copy that does not lie in the file."""
+    return torch.empty(stored.shape).copy_(stored)

@@ -1,0 +1,210 @@
+"""The forward pass that all our architectures share: a pre-norm decoder over paged KV storage."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from millrace.kernels import ops
+from millrace.runtime.models.base import ForwardBatch, ModelSpec
+from millrace.runtime.models.declaration import (
+    EmbeddingDecl,
+    LayerNorm,
+    LayerNormDecl,
+    LinearDecl,
+    RMSNorm,
+    RMSNormDecl,
+    TensorDecl,
+    WeightSource,
+)
+from millrace.runtime.types import BLOCK_SIZE
+
+Embed = Callable[[Tensor, Tensor], Tensor]  # (tokens, positions) [num_tokens] -> fresh [num_tokens, hidden_size]
+Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
+
+
+class PagedKV(msgspec.Struct, frozen=True):
+    """Keys and values of all layers; block 0 is the null block.
+
+    Slots that were never written hold whatever the memory held, NaN included: kernels read written slots only.
+    """
+
+    storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32
+    layers: tuple[tuple[Tensor, Tensor], ...]  # the same as (keys, values) of each layer, so that a step makes no views
+
+
+class DecoderLayer(Protocol):
+    """One layer's weights and arithmetic around the attention.
+
+    Attributes:
+        window: keys older than this many positions are not attended to (None: all are).
+        scale: factor on the products of queries and keys.
+    """
+
+    @property
+    def input_norm(self) -> RMSNorm | LayerNorm: ...
+    @property
+    def post_attention_norm(self) -> RMSNorm | LayerNorm: ...
+    @property
+    def output(self) -> ops.PackedLinear: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[num_tokens, hidden] -> queries [num_tokens, num_heads, head_dim], keys and values [.., num_kv_heads, ..]."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """[num_tokens, hidden] -> the same."""
+
+
+class DecoderModel:
+    """A decoder-only transformer on the CPU: implements millrace.runtime.models.base.Model."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        embed: Embed,
+        layers: Sequence[DecoderLayer],
+        final_norm: RMSNorm | LayerNorm,
+        lm_head: ops.PackedLinear,
+        weight_bytes: int,
+    ) -> None:
+        self.spec = spec
+        self.device = torch.device("cpu")
+        self.weight_bytes = weight_bytes
+        self._embed = embed
+        self._layers = tuple(layers)
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.spec.num_layers * 2 * self.spec.num_kv_heads * self.spec.head_dim * torch.float32.itemsize
+
+    def allocate_kv(self, num_blocks: int) -> PagedKV:
+        """Storage for `num_blocks` blocks of BLOCK_SIZE tokens; pages are committed when they are first written."""
+        spec = self.spec
+        storage = torch.empty(spec.num_layers, 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+        return PagedKV(storage, tuple((layer[0], layer[1]) for layer in storage))
+
+    def copy_blocks(self, kv: PagedKV, source: Tensor, target: Tensor) -> None:
+        """Copies whole blocks in every layer; source and target are [num_copies] int64."""
+        ops.copy_blocks(kv.storage, source, target)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: PagedKV) -> Tensor:
+        """Writes keys and values of all tokens; returns logits [num_logits, vocab_size] in float32."""
+        attention = ops.attention_batch(
+            batch.query_starts, batch.context_lens, batch.block_tables, batch.max_query_len, batch.max_context_len
+        )
+        positions, slots = batch.positions, batch.slot_mapping
+        last = self._layers[-1]
+        residual = self._embed(batch.tokens, positions)  # [num_tokens, hidden_size]
+        x = self._layers[0].input_norm(residual)
+        for index, layer in enumerate(self._layers):
+            k_cache, v_cache = kv.layers[index]
+            q, k, v = layer.qkv(x, positions)
+            ops.write_kv(k, v, k_cache, v_cache, slots)
+            if layer is last and not batch.logits_indices.numel():
+                return torch.empty(0, self.spec.vocab_size)
+            attended = ops.paged_attention(q, k_cache, v_cache, attention, layer.scale, layer.window).flatten(1)
+            if layer is last:
+                # Past the last keys and values only the rows that want logits matter.
+                attended = attended.index_select(0, batch.logits_indices)
+                residual = residual.index_select(0, batch.logits_indices)
+            x, residual = layer.post_attention_norm.add(layer.output(attended), residual)
+            x = layer.mlp(x)
+            next_norm = self._final_norm if layer is last else self._layers[index + 1].input_norm
+            x, residual = next_norm.add(x, residual)
+        return self._lm_head(x)
+
+
+class LayerDecl(Protocol):
+    """What one layer needs, before any weight is read."""
+
+    def tensors(self) -> Iterator[TensorDecl]: ...
+
+    def load(self, source: WeightSource, positions: Tensor) -> DecoderLayer:
+        """`positions` is the table that `DecoderDecl.load_positions` gave, shared by all layers."""
+
+
+class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
+    """One checkpoint's architecture with its sizes, before any weight is read.
+
+    Attributes:
+        base_prefix: checkpoints of the bare base model leave it out of every name; either way is accepted.
+        harmless: patterns of stored tensors (named without base_prefix) that the model does not need.
+        lm_head: the output matrix; None where it is tied to the embedding.
+    """
+
+    base_prefix: ClassVar[str]
+    harmless: ClassVar[Sequence[re.Pattern[str]]]
+
+    spec: ModelSpec
+    embedding: EmbeddingDecl
+    layers: Sequence[LayerDecl]
+    final_norm: RMSNormDecl | LayerNormDecl
+    lm_head: LinearDecl | None
+
+    def position_tensors(self) -> Iterator[TensorDecl]:
+        """Tensors of learned positions, if the architecture has them."""
+        yield from ()
+
+    def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
+        """A float32 table with one row for each position below max_model_len."""
+        raise NotImplementedError
+
+    def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
+        """Joins the look-up of tokens with the table of positions, where that is added to them."""
+        raise NotImplementedError
+
+    def tensors(self) -> Iterator[TensorDecl]:
+        """Every tensor that the checkpoint must hold."""
+        yield from self.embedding.tensors()
+        yield from self.position_tensors()
+        for layer in self.layers:
+            yield from layer.tensors()
+        yield from self.final_norm.tensors()
+        if self.lm_head is not None:
+            yield from self.lm_head.tensors()
+
+    def build(self, source: WeightSource, max_model_len: int, progress: Progress) -> DecoderModel:
+        """Reads all weights, one module after the other, and makes the model for positions below max_model_len."""
+        total = len(self.layers) + 2
+        table = self.embedding.load(source)
+        if self.lm_head is None:
+            lm_head = ops.pack_linear(table)
+            look_up, table_bytes = lm_head.row_lookup, 0
+        else:
+            look_up, table_bytes = functools.partial(ops.embedding, weight=table), table.nbytes
+        del table  # packing may have copied it into a layout of its own
+        positions = self.load_positions(source, max_model_len)
+        source.release()
+        progress(1, total)
+        layers: list[DecoderLayer] = []
+        for decl in self.layers:
+            layers.append(decl.load(source, positions))
+            source.release()
+            progress(1 + len(layers), total)
+        final_norm = self.final_norm.load(source)
+        if self.lm_head is not None:
+            lm_head = self.lm_head.load(source)
+        source.release()
+        progress(total, total)
+        return DecoderModel(
+            msgspec.structs.replace(self.spec, max_model_len=max_model_len),
+            embed=self.embed(look_up, positions),
+            layers=layers,
+            final_norm=final_norm,
+            lm_head=lm_head,
+            weight_bytes=table_bytes + lm_head.weight_bytes + sum(layer.weight_bytes for layer in layers),
+        )

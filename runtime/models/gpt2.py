@@ -1,0 +1,144 @@
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, a plain GELU MLP, matrices stored [in, out]."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from millrace.kernels import ops
+from millrace.runtime.models.base import ModelSpec
+from millrace.runtime.models.config import ConfigReader, special_tokens
+from millrace.runtime.models.declaration import (
+    EmbeddingDecl,
+    LayerNormDecl,
+    LinearDecl,
+    LinearPart,
+    TensorDecl,
+    WeightSource,
+)
+from millrace.runtime.models.decoder import DecoderDecl, Embed
+
+
+class GPT2LayerDecl(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer; the fields stand in the order in which the layer computes."""
+
+    head_dim: int
+    scale: float
+    input_norm: LayerNormDecl
+    qkv: LinearDecl
+    output: LinearDecl
+    post_attention_norm: LayerNormDecl
+    up: LinearDecl
+    down: LinearDecl
+
+    def tensors(self) -> Iterator[TensorDecl]:
+        for module in (self.input_norm, self.qkv, self.output, self.post_attention_norm, self.up, self.down):
+            yield from module.tensors()
+
+    def load(self, source: WeightSource, positions: Tensor) -> "GPT2Layer":
+        return GPT2Layer(self, source)
+
+
+class GPT2Layer:
+    """One layer with its weights: implements millrace.runtime.models.decoder.DecoderLayer."""
+
+    window = None
+
+    def __init__(self, decl: GPT2LayerDecl, source: WeightSource) -> None:
+        self.scale = decl.scale
+        self.input_norm = decl.input_norm.load(source)
+        self.output = decl.output.load(source)
+        self.post_attention_norm = decl.post_attention_norm.load(source)
+        self._head_dim = decl.head_dim
+        self._qkv = decl.qkv.load(source)
+        self._up = decl.up.load(source)
+        self._down = decl.down.load(source)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(linear.weight_bytes for linear in (self._qkv, self.output, self._up, self._down))
+
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Kernels address by shape alone, so the three parts are copied out of the fused rows.
+        parts = self._qkv(x).chunk(3, 1)
+        q, k, v = (part.contiguous().view(x.shape[0], -1, self._head_dim) for part in parts)
+        return q, k, v
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self._down(ops.gelu_tanh(self._up(x)))
+
+
+class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
+    """A GPT-2 checkpoint."""
+
+    base_prefix: ClassVar[str] = "transformer."
+    # Old releases of transformers saved the causal mask and its fill value as buffers.
+    harmless: ClassVar[Sequence[re.Pattern[str]]] = (re.compile(r"h\.\d+\.attn\.(masked_)?bias"),)
+
+    position_embedding: EmbeddingDecl
+
+    def position_tensors(self) -> Iterator[TensorDecl]:
+        yield from self.position_embedding.tensors()
+
+    def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
+        """The learned embedding, [max_model_len, hidden_size]."""
+        stored = source.read(self.position_embedding.name)[:max_model_len]
+        return torch.empty(stored.shape).copy_(stored)
+
+    def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
+        return lambda tokens, at: look_up(tokens).add_(positions.index_select(0, at))
+
+
+def declare_gpt2(config: ConfigReader) -> GPT2Decl:
+    # gelu_new and gelu_pytorch_tanh are two names of the tanh approximation.
+    config.one_of("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
+    hidden, heads = config.integer("n_embd"), config.integer("n_head")
+    if hidden % heads:
+        config.refuse("n_head", f"a divisor of n_embd ({hidden})")
+    head_dim = hidden // heads
+    inner = config.integer("n_inner", 4 * hidden)
+    eps = config.number("layer_norm_epsilon", 1e-5)
+    vocab, positions = config.integer("vocab_size"), config.integer("n_positions")
+    scale = head_dim**-0.5 if config.flag("scale_attn_weights", True) else 1.0
+    by_index = config.flag("scale_attn_by_inverse_layer_idx", False)
+
+    def linear(name: str, in_features: int, out_features: int) -> LinearDecl:
+        part = LinearPart(name, out_features, bias=True)
+        return LinearDecl(parts=(part,), in_features=in_features, transposed=True)
+
+    def layer(index: int) -> GPT2LayerDecl:
+        name = f"transformer.h.{index}"
+        return GPT2LayerDecl(
+            head_dim=head_dim,
+            scale=scale / (index + 1) if by_index else scale,
+            input_norm=LayerNormDecl(f"{name}.ln_1", hidden, eps),
+            qkv=linear(f"{name}.attn.c_attn", hidden, 3 * hidden),
+            output=linear(f"{name}.attn.c_proj", hidden, hidden),
+            post_attention_norm=LayerNormDecl(f"{name}.ln_2", hidden, eps),
+            up=linear(f"{name}.mlp.c_fc", hidden, inner),
+            down=linear(f"{name}.mlp.c_proj", inner, hidden),
+        )
+
+    layers = tuple(layer(index) for index in range(config.integer("n_layer")))
+    tied = config.flag("tie_word_embeddings", True)
+    return GPT2Decl(
+        spec=ModelSpec(
+            architecture="GPT2LMHeadModel",
+            vocab_size=vocab,
+            hidden_size=hidden,
+            num_layers=len(layers),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            max_model_len=positions,
+            **special_tokens(config),
+        ),
+        embedding=EmbeddingDecl("transformer.wte.weight", vocab, hidden),
+        position_embedding=EmbeddingDecl("transformer.wpe.weight", positions, hidden),
+        layers=layers,
+        final_norm=LayerNormDecl("transformer.ln_f", hidden, eps),
+        lm_head=None if tied else LinearDecl(parts=(LinearPart("lm_head", vocab),), in_features=hidden),
+    )

@@ -1,0 +1,164 @@
+"""From a folder, or from nothing, to a model: all names and shapes are checked before any weight is read."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from millrace.runtime.errors import CheckpointError, ConfigError
+from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
+from millrace.runtime.models.registry import declare
+from millrace.runtime.weights.checkpoint import Checkpoint, read_config
+from millrace.runtime.weights.synthetic import RandomWeights
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
+
+_CPU = torch.device("cpu")
+_LISTED = 12  # names in one error message
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: Dtype = "auto",
+    device: torch.device = _CPU,
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> DecoderModel:
+    """Loads a checkpoint in Hugging Face layout; memory peaks at the weights and one layer.
+
+    Args:
+        path: the folder with config.json and safetensors files.
+        dtype: how matrices are stored; arithmetic is float32. "auto" is float32.
+        device: the CPU.
+        max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
+        progress: called after each module with (modules loaded, modules in all).
+
+    Raises:
+        CheckpointError: unknown architecture or setting; missing, unexpected, misshapen or unreadable weights.
+        ConfigError: dtype, device or max_model_len is not supported.
+    """
+    _check_device(device)
+    decl = declare(read_config(path))
+    length = _model_len(decl, max_model_len)
+    checkpoint = Checkpoint(path)
+    names = _match(decl, checkpoint, path)
+    source = _CheckpointWeights(checkpoint, names, _storage(dtype))
+    return decl.build(source, length, progress or _silent)
+
+
+def random_model(
+    config: Mapping[str, Any],
+    seed: int = 0,
+    *,
+    dtype: Dtype = "auto",
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> DecoderModel:
+    """A model with random weights and no files; equal to loading `write_random_checkpoint(folder, config, seed)`."""
+    decl = declare(config)
+    source = RandomWeights(decl.tensors(), seed, torch.float32, _storage(dtype))
+    return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
+
+
+class _CheckpointWeights:
+    """A checkpoint under the names of the declaration: implements millrace.runtime.models.declaration.WeightSource."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], storage: torch.dtype) -> None:
+        """`names` maps declared names to stored ones."""
+        self._checkpoint = checkpoint
+        self._names = names
+        self._storage = storage
+
+    def read(self, name: str) -> Tensor:
+        return self._checkpoint.read(self._names[name])
+
+    def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
+        return self._storage
+
+    def release(self) -> None:
+        self._checkpoint.release()
+
+
+def _match(decl: DecoderDecl, checkpoint: Checkpoint, path: Path) -> dict[str, str]:
+    """Declared name -> stored name; raises CheckpointError that lists every name or shape at fault."""
+    stored = checkpoint.tensors
+    prefix = decl.base_prefix if any(name.startswith(decl.base_prefix) for name in stored) else ""
+    names: dict[str, str] = {}
+    missing, misshapen = [], []
+    for tensor in decl.tensors():
+        bare = tensor.name.removeprefix(decl.base_prefix)
+        name = prefix + bare if bare != tensor.name else tensor.name
+        names[tensor.name] = name
+        if name not in stored:
+            missing.append(name)
+        elif stored[name].shape != tensor.shape:
+            misshapen.append(f"{name} is {list(stored[name].shape)}, expected {list(tensor.shape)}")
+    known = set(names.values())
+    extra = [
+        name
+        for name in stored
+        if name not in known and not any(pattern.fullmatch(name.removeprefix(prefix)) for pattern in decl.harmless)
+    ]
+    if decl.lm_head is None and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        _check_tied(checkpoint, names[decl.embedding.name])
+    faults = [
+        f"{len(found)} {what}: {_listing(found)}"
+        for what, found in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen))
+        if found
+    ]
+    if faults:
+        raise CheckpointError(
+            f"the weights in {path} do not fit {decl.spec.architecture} as config.json describes it. "
+            + "; ".join(faults)
+        )
+    return names
+
+
+def _check_tied(checkpoint: Checkpoint, embedding: str) -> None:
+    """Some checkpoints store a tied output matrix a second time."""
+    same = torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read(embedding))
+    checkpoint.release()
+    if not same:
+        raise CheckpointError(
+            f"config.json: tie_word_embeddings is true, but lm_head.weight differs from {embedding}; "
+            "set it to false to use both",
+            param="tie_word_embeddings",
+        )
+
+
+def _listing(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+    return ", ".join(ordered[:_LISTED]) + more
+
+
+def _storage(dtype: str) -> torch.dtype:
+    """The type that matrices are kept in."""
+    storage = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    if storage is None:
+        raise ConfigError(f"dtype is {dtype}, but it must be auto, float32 or bfloat16", param="dtype")
+    return storage
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError(f"device is {device}, but models run on the CPU only: use cpu", param="device")
+
+
+def _model_len(decl: DecoderDecl, wanted: int | None) -> int:
+    longest = decl.spec.max_model_len
+    if wanted is not None and not 1 <= wanted <= longest:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but it must be between 1 and {longest}, which the checkpoint was made for",
+            param="max_model_len",
+        )
+    return longest if wanted is None else wanted
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress is shown."""
