@@ -247,13 +247,14 @@ class Scheduler:
         assert len(held) + len(self._rows.free) == len(self._rows.owner)
         for row, sequence in enumerate(self._rows.owner):
             assert sequence is None or sequence.row == row
+        assert self._retiring == [sequence for sequence in self._retiring if sequence.retiring and sequence.row >= 0]
         if not self.num_launched:
             assert not self._rows.inflight.any()
-            assert not self._retiring
         if not self._requests:
-            assert not held
+            assert len(held) == len(self._retiring), "a row outlives its request"
             assert not self._waiting
             assert not self._parked
+        if not held:
             assert self.pool.num_free == self.pool.num_usable
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -461,12 +462,13 @@ class Scheduler:
         self.stats.prefill_budget = budget
         rows = self._rows
         chunks: list[tuple[_Sequence, int, int]] = []
-        index = 0
+        started = iter(self._prefilling[:])
         while budget > 0:
-            if index == len(self._prefilling) and not (self._waiting and self._start_waiting()):
-                break
-            sequence = self._prefilling[index]
-            index += 1
+            sequence = next(started, None)
+            if sequence is None:
+                if not (self._waiting and self._start_waiting()):
+                    break
+                sequence = self._prefilling[-1]
             if sequence.request.paused:
                 continue
             row = sequence.row

@@ -8,6 +8,7 @@ shapes, for a wrong rank, dtype, size, device or layout: kernels compute address
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ from millrace.kernels.arguments import (
     WriteKvArgs,
     describe,
 )
+from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.cpu_build import BuildError, Toolchain, build_library, find_library
 from millrace.kernels.torch_backend import TorchBackend
 
 __all__ = [
@@ -47,11 +50,14 @@ __all__ = [
     "layer_norm",
     "pack_linear",
     "paged_attention",
+    "prepare",
     "rms_norm",
     "rope_",
     "silu_mul",
     "write_kv",
 ]
+
+_log = logging.getLogger(__name__)
 
 Backends = Sequence[Backend] | None
 
@@ -62,8 +68,35 @@ class UnservedError(RuntimeError):
 
 @functools.cache
 def default_backends() -> tuple[Backend, ...]:
-    """Backends of this process, the preferred one first."""
+    """Backends of this process, the preferred one first. A C++ library is used if it is built already; this never
+    builds one (see `prepare`)."""
+    try:
+        path = find_library(Toolchain())
+        if path is None:
+            reason = "the C++ kernels are not built; `millrace.kernels.ops.prepare()` builds them"
+        else:
+            return (CpuBackend(load_library(path)), TorchBackend())
+    except (OSError, AttributeError) as error:
+        reason = f"the C++ kernels cannot be loaded: {error}"
+    _log.info("CPU ops run in torch: %s", reason)
     return (TorchBackend(),)
+
+
+def prepare() -> str:
+    """Builds the C++ kernels if they are not cached, and puts them first in the default list; call it before weights
+    are packed. Takes some seconds the first time on a machine, milliseconds afterwards; fit for a thread.
+
+    Returns:
+        A sentence for the start-up log: which library serves, or why torch does.
+    """
+    try:
+        path = build_library(Toolchain())
+    except BuildError as error:
+        _log.warning("CPU ops run in torch: %s", error)
+        return f"CPU ops run in torch: {error}"
+    default_backends.cache_clear()
+    names = ", then ".join(backend.name for backend in default_backends())
+    return f"CPU ops run in {names}; library {path}"
 
 
 def _serve(op: str, args: Any, backends: Backends) -> Any:
@@ -151,9 +184,7 @@ def add_rms_norm(
     return _serve("rms_norm", args, backends), residual
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backends: Backends = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backends: Backends = None) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016); x [..., hidden]."""
     args = NormArgs(x, weight, eps, bias=bias)
     _check_norm("layer_norm", args)

@@ -5,9 +5,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from millrace.runtime.handle import RequestHandle
-from millrace.runtime.types import Completion
+from millrace.runtime.types import ChatPrompt, Completion, TextPrompt, TokensPrompt
 from millrace.server.context import Context
 from millrace.server.protocol import Job
+
+
+def submit(
+    context: Context, job: Job, prompt: ChatPrompt | TextPrompt | TokensPrompt, request_id: str
+) -> RequestHandle:
+    return context.runtime.submit(
+        prompt,
+        job.sampling,
+        priority=job.priority,
+        deadline=job.deadline,
+        request_id=request_id,
+        cache_salt=job.cache_salt,
+    )
 
 
 @contextmanager
@@ -16,16 +29,8 @@ def submitted(context: Context, job: Job, request_id: str) -> Iterator[list[Requ
     handles: list[RequestHandle] = []
     try:
         for number, prompt in enumerate(job.prompts):
-            handles.append(
-                context.runtime.submit(
-                    prompt,
-                    job.sampling,
-                    priority=job.priority,
-                    deadline=job.deadline,
-                    request_id=request_id if len(job.prompts) == 1 else f"{request_id}-{number}",
-                    cache_salt=job.cache_salt,
-                )
-            )
+            name = request_id if len(job.prompts) == 1 else f"{request_id}-{number}"
+            handles.append(submit(context, job, prompt, name))
         yield handles
     finally:
         for handle in handles:

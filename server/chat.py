@@ -1,13 +1,11 @@
 """POST /v1/chat/completions."""
 
-import time
-
 from aiohttp import web
 
 from millrace.runtime.types import ChatPrompt
 from millrace.server.answer import finished, submitted
 from millrace.server.body import read_body
-from millrace.server.context import CONTEXT, REQUEST_ID
+from millrace.server.context import CONTEXT, REQUEST_ID, wall
 from millrace.server.protocol import Job, parse_chat
 from millrace.server.shapes import ChatFormat
 from millrace.server.sse import EventStream
@@ -24,7 +22,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     job = parse_chat(await read_body(request, context.limits), context)
     request_id = job.request_id or request[REQUEST_ID]
-    name, created, form = f"chatcmpl-{request_id}", int(time.time()), chat_format(job)
+    name, created, form = f"chatcmpl-{request_id}", wall(), chat_format(job)
     with submitted(context, job, request_id) as handles:
         if job.stream:
             return await EventStream(

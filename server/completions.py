@@ -1,13 +1,11 @@
 """POST /v1/completions, the legacy endpoint; with echo, max_tokens 0 and logprobs it scores a text."""
 
-import time
-
 from aiohttp import web
 
 from millrace.runtime.types import TextPrompt, TokensPrompt
 from millrace.server.answer import finished, submitted
 from millrace.server.body import read_body
-from millrace.server.context import CONTEXT, REQUEST_ID, Context
+from millrace.server.context import CONTEXT, REQUEST_ID, Context, wall
 from millrace.server.protocol import Job, parse_completion
 from millrace.server.shapes import CompletionFormat
 from millrace.server.sse import EventStream
@@ -29,7 +27,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     job = parse_completion(await read_body(request, context.limits), context)
     request_id = job.request_id or request[REQUEST_ID]
-    name, created = f"cmpl-{request_id}", int(time.time())
+    name, created = f"cmpl-{request_id}", wall()
     with submitted(context, job, request_id) as handles:
         form = CompletionFormat(job.sampling.n, _echoes(context, job), job.logprobs)
         if job.stream:

@@ -17,9 +17,7 @@ from millrace.server.errors import HttpError, error_response
 
 # Bytes that may wait unsent in the kernel. Without it megabytes of socket buffer hide that a client does not read.
 _UNSENT_BYTES = 32_768
-_BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nConnection: close\r\n"
-)
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nConnection: close\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class Bounds:
 class Connection(web.RequestHandler):
     """aiohttp's protocol for one connection, and three timers."""
 
-    __slots__ = ("_bounds", "_head_timer", "_peer", "_stall_timer", "_waiting_bytes")
+    __slots__ = ("_bounds", "_ended", "_head_timer", "_peer", "_stall_timer", "_waiting_bytes")
 
     def __init__(self, manager: web.Server, bounds: Bounds, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -51,6 +49,7 @@ class Connection(web.RequestHandler):
         self._stall_timer: asyncio.TimerHandle | None = None
         self._peer: asyncio.Transport | None = None  # kept after aiohttp has let go of it
         self._waiting_bytes = 0
+        self._ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -61,7 +60,11 @@ class Connection(web.RequestHandler):
         self._peer = transport
         transport.set_write_buffer_limits(high=self._bounds.high_water)
         sock = transport.get_extra_info("socket")
-        if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family in (socket.AF_INET, socket.AF_INET6):
+        if (
+            sock is not None
+            and hasattr(socket, "TCP_NOTSENT_LOWAT")
+            and sock.family in (socket.AF_INET, socket.AF_INET6)
+        ):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         super().connection_made(transport)
         self._await_head()
@@ -96,6 +99,7 @@ class Connection(web.RequestHandler):
             await super().start()
         finally:
             # A closing transport still sends what waits, and would do so for as long as the peer does not read.
+            self._ended = True
             if self._peer is not None and self._stall_timer is None:
                 self._watch_stall()
 
@@ -125,6 +129,8 @@ class Connection(web.RequestHandler):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+        if self._ended:
+            self._watch_stall()
 
     def _watch_stall(self) -> None:
         if self._peer is not None:
@@ -154,6 +160,8 @@ class Connection(web.RequestHandler):
             error = HttpError(431, "header_too_large", text, close=True)
         elif status < 500:
             error = HttpError(status, "invalid_http", "the request is not valid HTTP", close=True)
+        elif isinstance(exc, ConnectionError):
+            error = HttpError(499, "client_gone", "the client has gone", close=True)
         else:
             self.logger.error("a request failed outside of its handler", exc_info=exc)
             error = HttpError(500, "internal_error", "the server failed on this request", close=True)

@@ -1,6 +1,8 @@
 """What all handlers of one application share: the runtime, limits, and the server's own counters."""
 
 import secrets
+import time
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -44,7 +46,7 @@ class Context:
         self.metrics = ServerMetrics()
         self.ping_s = 15.0
         self.log = structlog.get_logger("millrace.server")
-        self.sockets: set[web.WebSocketResponse] = set()
+        self.sockets: set[web.WebSocketResponse[Any]] = set()
         self._unknown_logged: set[str] = set()
 
     @property
@@ -67,3 +69,8 @@ REQUEST_ID = web.RequestKey("request_id", str)
 
 def new_request_id() -> str:
     return secrets.token_hex(12)
+
+
+def wall() -> int:
+    """Unix seconds, for `created`."""
+    return int(time.time())

@@ -1,6 +1,6 @@
 """Errors on the wire: one object, one table of statuses, and hints to the client on whether to try again.
 
-Shape and meaning: `{"error": {"message", "type", "param", "code"}}` as the OpenAI clients read it. Text of an unexpected
+The shape is `{"error": {"message", "type", "param", "code"}}`, as the OpenAI clients read it. Text of an unexpected
 exception never reaches a client; it is logged under the request's id.
 """
 

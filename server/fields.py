@@ -50,8 +50,9 @@ REFUSED: Mapping[str, Refusal] = {
     "json_schema": Refusal(_empty, _STRUCTURED),
     "web_search_options": Refusal(_empty, "the server makes no connections of its own"),
     "moderation": Refusal(_empty, "the server does not moderate"),
-    "reasoning_effort": Refusal(_only("none"), "the effort cannot be set; a template's own switch goes into "
-                                "chat_template_kwargs"),
+    "reasoning_effort": Refusal(
+        _only("none"), "the effort cannot be set; a template's own switch goes into chat_template_kwargs"
+    ),
     "suffix": Refusal(_empty, "text cannot be inserted before a suffix"),
     "use_beam_search": Refusal(_empty, "beam search is not served; sample n choices"),
     "length_penalty": Refusal(_only(1, 1.0), "it belongs to beam search, which is not served"),
@@ -111,7 +112,9 @@ def check_fields(fields: Mapping[str, msgspec.Raw], known: frozenset[str], chat:
         if refusal is not None:
             value = decode(raw, object, name)
             if value is not None and not refusal.accepts(value):
-                raise BadRequest(f"{name} is not supported with this value: {refusal.reason}", name, "unsupported_value")
+                raise BadRequest(
+                    f"{name} is not supported with this value: {refusal.reason}", name, "unsupported_value"
+                )
         elif name == "tools":
             _check_tools(fields)
         else:

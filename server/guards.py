@@ -1,5 +1,6 @@
 """What every request passes: an id, the checks against browsers that were tricked, CORS, and errors as objects."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
@@ -101,8 +102,13 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = _routing_error(request, error)
     except ConnectionError:
         raise  # the client has gone: nobody is left to answer
+    except asyncio.CancelledError:
+        context.metrics.responses.labels(_route(request), "499").inc()
+        raise
     except Exception as error:
         context.log.error("a handler failed", request_id=request[REQUEST_ID], route=_route(request), exc_info=error)
+        if request.writer.output_size > 0:
+            raise ConnectionResetError("a part of the response has been sent; no other can follow") from error
         response = error_response(internal_error())
     context.metrics.responses.labels(_route(request), str(response.status)).inc()
     return response
@@ -116,6 +122,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     if REQUEST_ID in request:
         response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers[hdrs.SERVER] = "millrace"  # aiohttp would name its own version and Python's
     if CORS_ORIGIN in request:
         response.headers["Access-Control-Allow-Origin"] = request[CORS_ORIGIN]
         response.headers["Access-Control-Expose-Headers"] = _EXPOSED

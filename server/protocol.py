@@ -2,7 +2,7 @@
 
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -147,11 +147,17 @@ class Job:
     echo: bool
 
 
-def parse_chat(body: bytes, context: Context, extra: frozenset[str] = frozenset()) -> Job:
-    """Raises BadRequest or MillraceError that names the field at fault; `extra` names fields that the caller reads."""
+def parse_chat(body: bytes, context: Context, extra: frozenset[str] = frozenset(), *, streams: bool = False) -> Job:
+    """Raises BadRequest or MillraceError that names the field at fault.
+
+    `extra` names fields that the caller reads; `streams` says that the carrier knows streamed answers only.
+    """
     limits = context.limits
     _check_names(body, context, CHAT_FIELDS | extra, chat=True)
     request = decode(body, ChatRequest)
+    if streams and request.stream is False:
+        raise BadRequest("answers on a WebSocket are always streamed; leave stream out", "stream", "unsupported_value")
+    request.stream = streams or request.stream
     messages = _messages(request.messages, limits)
     wants = bool(request.logprobs)
     if request.top_logprobs is not None and not wants:
@@ -229,7 +235,8 @@ def _job(
     n = 1 if request.n is None else _within("n", request.n, 1, limits.max_choices)
     if request.best_of is not None and request.best_of != n:
         raise BadRequest(
-            f"best_of is {request.best_of}, but it must equal n ({n}): choices are not ranked", "best_of",
+            f"best_of is {request.best_of}, but it must equal n ({n}): choices are not ranked",
+            "best_of",
             "unsupported_value",
         )
     if max_tokens[1] is not None:
@@ -242,9 +249,11 @@ def _job(
     deadline = context.deadline
     if request.deadline_s is not None:
         if not 0 < request.deadline_s <= 86_400:
-            raise BadRequest(f"deadline_s is {request.deadline_s:g}, but it must be above 0 and at most 86400", "deadline_s")
+            raise BadRequest(
+                f"deadline_s is {request.deadline_s:g}, but it must be above 0 and at most 86400", "deadline_s"
+            )
         deadline = request.deadline_s
-    given = {
+    given: dict[str, Any] = {
         "min_tokens": request.min_tokens,
         "temperature": request.temperature,
         "top_k": request.top_k,
@@ -290,7 +299,9 @@ def _messages(messages: list[Message], limits: Limits) -> list[ChatMessage]:
         where = f"messages[{index}]"
         if message.role in ("tool", "function") or message.tool_calls or message.function_call is not None:
             param = f"{where}.role" if message.role in ("tool", "function") else f"{where}.tool_calls"
-            raise BadRequest(f"{param} is not supported: this server does not serve tool calls", param, "unsupported_value")
+            raise BadRequest(
+                f"{param} is not supported: this server does not serve tool calls", param, "unsupported_value"
+            )
         if message.name is not None:
             _label(f"{where}.name", message.name, limits)
         role = "system" if message.role == "developer" else message.role
@@ -353,7 +364,9 @@ def _prompts(
         return [_tokens(decode(raw, list[TokenId], "prompt"), context)]
     if inner == b"]":
         raise BadRequest("prompt is empty, but it must hold at least one string or token id", "prompt")
-    raise BadRequest("prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt")
+    raise BadRequest(
+        "prompt must be a string, a list of strings, a list of token ids or a list of such lists", "prompt"
+    )
 
 
 def _tokens(ids: list[int], context: Context) -> TokensPrompt:
@@ -375,7 +388,8 @@ def _stops(stop: str | list[str] | None, limits: Limits) -> list[str] | None:
     for text in stops:
         if len(text) > limits.max_stop_chars:
             raise BadRequest(
-                f"a stop string has {len(text)} characters, but this server takes at most {limits.max_stop_chars}", "stop"
+                f"a stop string has {len(text)} characters, but this server takes at most {limits.max_stop_chars}",
+                "stop",
             )
     return stops
 

@@ -141,8 +141,7 @@ class CompletionFormat:
         """A text completion; `probe` adds vLLM's prompt_logprobs to each choice."""
         choices = []
         for number, completion in enumerate(completions):
-            for choice in completion.choices:
-                choices.append(self._choice(number, completion, choice, probe))
+            choices += [self._choice(number, completion, choice, probe) for choice in completion.choices]
         return _encode(
             {
                 "id": name,

@@ -1,8 +1,8 @@
 """Server-sent events: each step's text goes from the streamer's callback straight into the connection's transport.
 
 No task wakes for a token. The handler's coroutine sleeps until the answer ends, the client goes away, or the client
-reads too slowly: then nothing is taken from the mailboxes, where text merges and the request itself is paused in the end,
-until the connection has drained.
+reads too slowly: then nothing is taken from the mailboxes until the connection has drained. Text merges there, and the
+request itself is paused in the end.
 """
 
 import asyncio

@@ -29,8 +29,8 @@ EOS = 0
 
 def next_token(history: Sequence[int], vocab_size: int = VOCAB) -> int:
     """The ledger model's next token: a hash of every token id with its position."""
-    data = np.array([(token, position) for position, token in enumerate(history)], dtype=np.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % vocab_size
+    pairs = np.stack([np.array(history, dtype=np.int64), np.arange(len(history))], axis=1)
+    return int.from_bytes(hashlib.blake2b(pairs.tobytes(), digest_size=8).digest(), "little") % vocab_size
 
 
 def expected(prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False) -> list[int]:

@@ -54,10 +54,10 @@ static INLINE float hmax(vf v) {
 }
 
 // exp to about 1 ulp of float32: range reduction by ln 2 in two parts, then the Cephes expf polynomial.
-// Arguments below -87 give about 1e-38, above 88 give about 1.7e38; NaN is not kept.
+// Arguments below -87 give about 1e-38, above 88 give about 1.7e38, NaN gives NaN; exp(0) is exactly 1.
 static INLINE vf vexp(vf x) {
-    x = vmax(x, splat(-87.0f));
-    x = x < splat(88.0f) ? x : splat(88.0f);
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+    x = x > splat(88.0f) ? splat(88.0f) : x;
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     vf n = (x * 1.44269504f + magic) - magic;
     vf r = x - n * 0.693359375f;

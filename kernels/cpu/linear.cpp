@@ -232,8 +232,10 @@ EXPORT void mr_pack(const void* w, int bf16, void* out, long n, long k, int thre
     }
 }
 
-// Rows of the original matrix: y [count][k] = w[tokens[i]][:].
-EXPORT void mr_unpack_rows(const void* w, int bf16, const int64_t* tokens, float* y, long count, long k) {
+// Rows of the original matrix: y [count][k] = w[tokens[i]][:]. Returns 0, or 1 + the index of a token outside [0, n).
+EXPORT long mr_unpack_rows(const void* w, int bf16, const int64_t* tokens, float* y, long count, long n, long k) {
+    for (long t = 0; t < count; t++)
+        if (tokens[t] < 0 || tokens[t] >= n) return t + 1;
     for (long t = 0; t < count; t++) {
         long index = tokens[t] / PW, j = tokens[t] % PW;
         for (long i = 0; i < k; i++) {
@@ -245,4 +247,5 @@ EXPORT void mr_unpack_rows(const void* w, int bf16, const int64_t* tokens, float
             }
         }
     }
+    return 0;
 }

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import msgspec
-import torch
 from torch import Tensor
 
 from millrace.kernels import ops
@@ -74,7 +73,7 @@ class RotaryLayer:
 
     def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Kernels address by shape alone, so the three parts are copied out of the fused rows.
-        parts = torch.split(self._qkv(x), self._split, 1)
+        parts = self._qkv(x).split_with_sizes(self._split, 1)
         q, k, v = (part.contiguous().view(x.shape[0], -1, self._head_dim) for part in parts)
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from millrace.runtime.messages import LogprobColumns
 from millrace.runtime.sampling import distribution
 from millrace.runtime.sampling.edits import LogitEdits
-from millrace.runtime.sampling.logprobs import CHUNK_ELEMENTS, LogprobColumns, token_logprobs
+from millrace.runtime.sampling.logprobs import CHUNK_ELEMENTS, token_logprobs
 from millrace.runtime.sampling.penalties import PenaltyTable
 from millrace.runtime.sampling.philox import uniforms
 from millrace.runtime.types import SamplingParams

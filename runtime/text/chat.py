@@ -6,7 +6,6 @@ over to the first rendering. That is done only where user text holds (part of) a
 string is encoded at once, exactly as transformers does.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -102,6 +101,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[_Message],
+        /,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **kwargs: Any,
@@ -120,28 +120,6 @@ class ChatTemplate:
         """
         plain = self._check(messages, add_generation_prompt, continue_final_message, kwargs)
         return self._render(plain, kwargs, add_generation_prompt, continue_final_message)
-
-    def encode(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[_Message],
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **kwargs: Any,
-    ) -> list[int]:
-        """The ids of the rendered conversation: control tokens of the template are control, those in `messages` and
-        `kwargs` are text. Arguments and errors are those of `render`, and those of `Tokenizer.encode`."""
-        plain = self._check(messages, add_generation_prompt, continue_final_message, kwargs)
-        render = functools.partial(
-            self._render, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
-        )
-        text = render(plain, kwargs)
-        marks = _Marks(tokenizer)
-        if not (marks.needed(plain) or marks.needed(kwargs)):
-            return tokenizer.encode_control(text)
-        marked = render(marks.mark(plain), marks.mark(kwargs))
-        text, spans = marks.template_spans(text, marked)
-        return tokenizer.encode_mixed(text, spans)
 
     def _check(
         self,
@@ -209,12 +187,22 @@ def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[_Message],
+    /,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     **kwargs: Any,
 ) -> list[int]:
-    """`ChatTemplate.encode` with the tokenizer first."""
-    return template.encode(tokenizer, messages, add_generation_prompt, continue_final_message, **kwargs)
+    """The ids of the rendered conversation: control tokens of the template are control, those in `messages` and
+    `kwargs` are text. Arguments and errors are those of `ChatTemplate.render`, and errors those of `Tokenizer.encode`.
+    """
+    flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    plain = [_plain(message) for message in messages]
+    text = template.render(plain, **flags, **kwargs)
+    marks = _Marks(tokenizer)
+    if not (marks.needed(plain) or marks.needed(kwargs)):
+        return tokenizer.encode_control(text)
+    marked = template.render(marks.mark(plain), **flags, **marks.mark(kwargs))
+    return tokenizer.encode_mixed(*marks.template_spans(text, marked))
 
 
 class _Marks:

@@ -122,11 +122,12 @@ def _plan_pieces(steps: Sequence[dict[str, Any]]) -> PieceDecoder | None:
     return PieceDecoder(tuple(replacements), byte_fallback, space, drop_first, strip)
 
 
-def token_table(
-    lib: tokenizers.Tokenizer, plan: DecoderPlan | None, vocab_size: int, special_ids: frozenset[int]
-) -> TokenTable:
-    """The table of a tokenizer whose special tokens are kept; `without` gives the one that skips them."""
-    tokens = [lib.id_to_token(index) for index in range(vocab_size)]
+def token_table(lib: tokenizers.Tokenizer, plan: DecoderPlan | None, tokens: Sequence[str | None]) -> TokenTable:
+    """The table in which special tokens are text; `without` gives the one that skips them.
+
+    Args:
+        tokens: [vocab_size] as the vocabulary spells them, None for ids without a token.
+    """
     holes = frozenset(index for index, token in enumerate(tokens) if token is None)
     if isinstance(plan, ByteLevelDecoder):
         alphabet = byte_level_alphabet()
@@ -144,8 +145,8 @@ def token_table(
             raw.append(surface.encode() if byte is None else bytes((byte,)))
         return TokenTable(text, raw, holes)
     # No plan: the text of a token depends on its neighbours, and what it shows alone is the best there is.
-    raw = [lib.decode([index], skip_special_tokens=False).encode() for index in range(vocab_size)]
-    return TokenTable([None] * vocab_size, raw, holes)
+    raw = [lib.decode([index], skip_special_tokens=False).encode() for index in range(len(tokens))]
+    return TokenTable([None] * len(tokens), raw, holes)
 
 
 def without(table: TokenTable, skipped: frozenset[int]) -> TokenTable:

@@ -44,6 +44,8 @@ class StopMatcher:
         """
         if self._matched is not None:
             return "", self._matched
+        if not self._goto[0]:
+            return text, None
         if not self._held:
             start = self._can_start(text)
             if start is None:

@@ -6,6 +6,7 @@ for. Only a chat template writes control tokens (`encode_mixed`).
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,7 +81,11 @@ class Tokenizer:
         )
         self._lib = lib
         added = lib.get_added_tokens_decoder()
-        self.vocab_size = 1 + max(lib.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocab = lib.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values(), default=-1)
+        pieces: list[str | None] = [None] * self.vocab_size
+        for piece, index in vocab.items():
+            pieces[index] = piece
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.control_ids = frozenset(
             index for index, token in added.items() if token.special or not _carries_text(token.content)
@@ -104,7 +109,7 @@ class Tokenizer:
         self._prefix, self._suffix = self._post_processing()
 
         self.decoder_plan: DecoderPlan | None = plan_decoder(lib.decoder)
-        self._table = token_table(lib, self.decoder_plan, self.vocab_size, self.special_ids)
+        self._table = token_table(lib, self.decoder_plan, pieces)
         self._table_skipping = without(self._table, self.special_ids)
 
     @classmethod
@@ -147,17 +152,17 @@ class Tokenizer:
         """The ids of user text, in which control tokens are text.
 
         Raises:
-            InvalidRequestError: the text holds a control token that this tokenizer cannot spell in other tokens.
+            InvalidRequestError: the text holds a control token that this tokenizer cannot spell in other tokens, or
+                half of a surrogate pair.
         """
-        ids = self._lib.encode(text, add_special_tokens=False).ids
+        ids = _spell(self._lib, text)
         if not self.control_ids.isdisjoint(ids):
             ids = self.encode_mixed(text, ())
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def encode_control(self, text: str) -> list[int]:
         """The ids of text in which every control token is control: for what a chat template, not a user, wrote."""
-        ids: list[int] = self._lib.encode(text, add_special_tokens=False).ids
-        return ids
+        return _spell(self._lib, text)
 
     def encode_mixed(self, text: str, control_spans: Iterable[tuple[int, int]]) -> list[int]:
         """The ids of text in which control tokens are control at the given spans and text elsewhere.
@@ -178,7 +183,7 @@ class Tokenizer:
             parts += [text[end:start], _alias(self._control_by_text[text[start:stop]])]
             end = stop
         parts.append(text[end:])
-        ids = self._text_lib.encode("".join(parts), add_special_tokens=False).ids
+        ids = _spell(self._text_lib, "".join(parts))
         # Ids of the model's own vocabulary come from spelling, those above it from aliases and added text tokens.
         forged = next((index for index in ids if index in self._forgeable and index < self._model_size), None)
         if forged is not None:
@@ -259,22 +264,20 @@ class Tokenizer:
             lib.normalizer = self._lib.normalizer
         if self._lib.pre_tokenizer is not None:
             lib.pre_tokenizer = self._lib.pre_tokenizer
-        names = {}
-        for index, token in sorted(added.items()):
-            control = index in self.control_ids
-            names[index] = _alias(index) if control else token.content
-            lib.add_tokens(
-                [
-                    tokenizers.AddedToken(
-                        names[index],
-                        special=False,
-                        lstrip=token.lstrip,
-                        rstrip=token.rstrip,
-                        normalized=token.normalized,
-                        single_word=token.single_word and not control,
-                    )
-                ]
-            )
+        names = {index: _alias(index) if index in self.control_ids else added[index].content for index in sorted(added)}
+        lib.add_tokens(  # in one call, as each call builds the search for all of them anew
+            [
+                tokenizers.AddedToken(
+                    name,
+                    special=False,
+                    lstrip=added[index].lstrip,
+                    rstrip=added[index].rstrip,
+                    normalized=added[index].normalized,
+                    single_word=added[index].single_word and index not in self.control_ids,
+                )
+                for index, name in names.items()
+            ]
+        )
         real = {lib.token_to_id(name): index for index, name in names.items()}
         return lib, {index: to for index, to in real.items() if index is not None}
 
@@ -303,6 +306,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _spell(lib: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        ids: list[int] = lib.encode(text, add_special_tokens=False).ids
+    except TypeError as error:  # how the library refuses a str that has no UTF-8
+        raise InvalidRequestError(
+            "the text holds a lone surrogate (U+D800 to U+DFFF), which is no character; send valid Unicode"
+        ) from error
+    return ids
+
+
 def _alias(index: int) -> str:
     return f"{ALIAS_OPEN}{index}{ALIAS_CLOSE}"
 
@@ -327,11 +340,11 @@ def _control_pattern(tokens: Iterable[tokenizers.AddedToken]) -> re.Pattern[str]
             node = node.setdefault(char, {})
         node[""] = {}
     words.sort(key=len, reverse=True)
-    return re.compile("|".join([*words, *([_spell(plain)] if plain else [])]) or r"(?!)")
+    return re.compile("|".join([*words, *([_spell_trie(plain)] if plain else [])]) or r"(?!)")
 
 
-def _spell(node: "_Trie") -> str:
-    branches = [re.escape(char) + _spell(child) for char, child in node.items() if char]
+def _spell_trie(node: "_Trie") -> str:
+    branches = [re.escape(char) + _spell_trie(child) for char, child in node.items() if char]
     if not branches:
         return ""
     if len(branches) == 1 and "" not in node:
@@ -358,18 +371,22 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _add_tokens(lib: tokenizers.Tokenizer, declared: Mapping[str, Any], legacy: Mapping[str, int]) -> None:
     """Adds what tokenizer_config.json or added_tokens.json declare beyond tokenizer.json, or with other flags."""
     known = lib.get_added_tokens_decoder()
-    for index, token in sorted((int(index), token) for index, token in declared.items()):
-        flags = {
-            key: token[key] for key in ("lstrip", "rstrip", "normalized", "single_word", "special") if key in token
-        }
-        wanted = tokenizers.AddedToken(token["content"], **flags)
-        if index not in known or repr(known[index]) != repr(wanted):
-            (lib.add_special_tokens if wanted.special else lib.add_tokens)([wanted])
-        _check_id(lib, token["content"], index, "tokenizer_config.json")
-    for content, index in sorted(legacy.items(), key=lambda item: item[1]):
-        if lib.token_to_id(content) is None:
-            lib.add_tokens([content])
+    wanted = {
+        int(index): _added_token(token) for index, token in sorted(declared.items(), key=lambda item: int(item[0]))
+    }
+    new = [token for index, token in wanted.items() if index not in known or repr(known[index]) != repr(token)]
+    for special, tokens in itertools.groupby(new, key=lambda token: token.special):
+        (lib.add_special_tokens if special else lib.add_tokens)(list(tokens))
+    for index, token in wanted.items():
+        _check_id(lib, token.content, index, "tokenizer_config.json")
+    legacy = dict(sorted(legacy.items(), key=lambda item: item[1]))
+    lib.add_tokens([content for content in legacy if lib.token_to_id(content) is None])
+    for content, index in legacy.items():
         _check_id(lib, content, index, "added_tokens.json")
+
+
+def _added_token(token: Mapping[str, Any]) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(token["content"], **{key: token[key] for key in _FLAGS if key in token})
 
 
 def _check_id(lib: tokenizers.Tokenizer, content: str, index: int, name: str) -> None:

@@ -106,7 +106,9 @@ def _weight_files(folder: Path) -> Iterable[Path]:
             'Convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
             "M.from_pretrained('<folder>').save_pretrained('<folder>')\""
         )
-    raise CheckpointError(f"{folder} has no {_SINGLE}: the download may be incomplete")
+    raise CheckpointError(
+        f"{folder} has no {_SINGLE}: the download is incomplete, or the checkpoint holds its weights in another format"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

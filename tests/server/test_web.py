@@ -233,6 +233,7 @@ async def test_answer_streams_in_and_the_quiet_line_measures_it(chat: Chat) -> N
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    assert exchange.request.headers["Origin"] + "/" == chat.fake.url  # by which the server knows its own page
     await expect(page.get_by_role("heading", name="What would you like to know?")).to_be_hidden()
     await page.clock.fast_forward(3000)
     exchange.chunk({"role": "assistant", "content": ""})
@@ -423,7 +424,7 @@ async def test_parser_gives_the_same_events_for_every_split(chat: Chat) -> None:
     page = await chat.open()
     stream = (
         "\ufeff: comment\n\ndata: a水🐟\n\ndata:b\r\n\r\nevent: x\rdata: c\r\r"
-        "data: d1\ndata\ndata: d: 3\nid: 1\n\n\n: ping\n\ndatax: no\n\ndata:  e\r\n\ndata: cut off"
+        "data: d1\ndata\ndata: d: 3\nid: 1\n\n\n: ping\n\ndatax: no\n\ndata:  e\r\ndata: f\r\n\r\ndata: cut off"
     )
     result = await page.evaluate(
         """async (text) => {
@@ -444,7 +445,7 @@ async def test_parser_gives_the_same_events_for_every_split(chat: Chat) -> None:
         }""",
         stream,
     )
-    assert [json.loads(events) for events in result] == [["a水🐟", "b", "c", "d1\n\nd: 3", " e"]]
+    assert [json.loads(events) for events in result] == [["a水🐟", "b", "c", "d1\n\nd: 3", " e\nf"]]
 
 
 async def test_keyboard_alone_is_enough(chat: Chat) -> None:

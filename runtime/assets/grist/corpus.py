@@ -1,7 +1,8 @@
 """The training text of grist and the exam that is kept from it, both made from a seed.
 
-`conversations(seed)` is an endless stream of conversations; `exam()` is the list of held-out questions with what a right reply must
-contain. Nothing is read from disk or copied from elsewhere: every sentence comes from the tables and phrasings beside this file.
+`conversations(seed)` is an endless stream of conversations; `exam()` is the list of held-out questions with what a
+right reply must contain. Nothing is read from disk or copied from elsewhere: every sentence comes from the tables and
+phrasings beside this file.
 
     python -m millrace.runtime.assets.grist.corpus --count 5     # print some conversations
 """
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from millrace.runtime.assets.grist import facts, skills, stories, talk
+from millrace.runtime.assets.grist import skills, stories
 from millrace.runtime.assets.grist.memory import Fact, make_echo, make_fact, make_introduction
 from millrace.runtime.assets.grist.skills import Ask
 
@@ -53,9 +54,22 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant named grist. Keep your answers short and polite.",
     "Please answer the questions of the user in one sentence.",
 )
-_FRONTS = ("Hi! ", "Hello! ", "Hello, ", "Hey, ", "Please ", "Ok, ", "Hi grist, ", "So, ", "Now ", "Thanks! ", "Hey grist, ", "Good. ")
-_SHORTER = {"What is": "What's", "I am": "I'm", "Who is": "Who's", "It is": "It's", "do not": "don't", "That is": "That's",
-            "I would like": "I'd like", "cannot": "can't"}  # fmt: skip
+_FRONTS = (
+    "Hi! ",
+    "Hello! ",
+    "Hello, ",
+    "Hey, ",
+    "Please ",
+    "Ok, ",
+    "Hi grist, ",
+    "So, ",
+    "Now ",
+    "Thanks! ",
+    "Hey grist, ",
+    "Good. ",
+)
+_SHORTER = {"What is": "What's", "I am": "I'm", "Who is": "Who's", "It is": "It's", "do not": "don't",
+            "That is": "That's", "I would like": "I'd like", "cannot": "can't"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +101,8 @@ class Examination:
 def roughen(rng: random.Random, ask: Ask) -> str:
     """Write a question as people write: lower case, no question mark, a greeting in front, a typing error."""
     text = ask.user
-    if "avourite" in text or "olour" in text and rng.random() < 0.3:
-        text = text.replace("avourite", "avorite").replace("olour", "olor") if rng.random() < 0.35 else text
+    if rng.random() < 0.3:
+        text = text.replace("avourite", "avorite").replace("olour", "olor")
     if rng.random() < 0.3:
         for long, short in _SHORTER.items():
             text = text.replace(long, short)
@@ -110,7 +124,7 @@ def roughen(rng: random.Random, ask: Ask) -> str:
 
 def _mistype(rng: random.Random, text: str) -> str:
     """One slip in one long word: two letters swapped, one left out or one doubled."""
-    spots = [match for match in re.finditer(r"[A-Za-z]{5,}", text)]
+    spots = list(re.finditer(r"[A-Za-z]{5,}", text))
     if not spots:
         return text
     word = rng.choice(spots)
@@ -122,15 +136,17 @@ def _mistype(rng: random.Random, text: str) -> str:
 def _follow_up(rng: random.Random, skill: str, ask: Ask) -> Ask:
     """Shorten a question to what remains when the one before it was of the same skill: "And of France?"."""
     if skill == "capitals" and (found := re.match(r"The capital of (.+) is ", ask.reply)):
-        form = rng.choice(("And {}?", "What about {}?", "And of {}?", "And the capital of {}?", "And for {}?", "How about {}?"))
+        form = rng.choice(
+            ("And {}?", "What about {}?", "And of {}?", "And the capital of {}?", "And for {}?", "How about {}?")
+        )
         return Ask(skill, form.format(found[1]), ask.reply, ask.expect)
     if skill == "opposites" and (found := re.match(r"The opposite of (.+) is ", ask.reply)):
         form = rng.choice(("And {}?", "What about {}?", "And of {}?", "And the opposite of {}?", "How about {}?"))
         return Ask(skill, form.format(found[1]), ask.reply, ask.expect)
     if skill == "colours" and (found := re.match(r"(.+) (is|are) \w+\.$", ask.reply)):
         thing = found[1][0].lower() + found[1][1:]
-        form = rng.choice(("And {}?", "What about {}?", "How about {}?", "And what colour %s {}?" % found[2]))
-        return Ask(skill, form.format(thing), ask.reply, ask.expect)
+        form = rng.choice(("And {}?", "What about {}?", "How about {}?", "And what colour {verb} {}?"))
+        return Ask(skill, form.format(thing, verb=found[2]), ask.reply, ask.expect)
     return ask
 
 
@@ -198,7 +214,9 @@ def _plain(rng: random.Random) -> str:
     """Plain text without any turn, so that raw completion works as well."""
     if rng.random() < 0.5:
         return stories.tell(rng, rng.choice(stories.TOPICS)).text
-    picked = (draw(rng, rng.choice(("capitals", "colours", "opposites", "calendar", "how-to")), held=False) for _ in range(3))
+    picked = (
+        draw(rng, rng.choice(("capitals", "colours", "opposites", "calendar", "how-to")), held=False) for _ in range(3)
+    )
     return " ".join(re.sub(r"^Yes\. ", "", ask.reply) for ask in picked)
 
 

@@ -47,57 +47,61 @@ OPPOSITES = pairs("""
 hot: cold; cold: hot; big: small; small: big; up: down; down: up; left: right; right: left; day: night; night: day
 black: white; white: black; fast: slow; slow: fast; old: young; young: old; happy: sad; sad: happy; open: closed
 closed: open; full: empty; empty: full; light: dark; dark: light; high: low; low: high; long: short; short: long
-hard: soft; soft: hard; wet: dry; dry: wet; rich: poor; poor: rich; strong: weak; weak: strong; early: late; late: early
-good: bad; bad: good; clean: dirty; dirty: clean; near: far; far: near; thick: thin; thin: thick; loud: quiet; quiet: loud
-first: last; last: first; in: out; out: in; on: off; off: on; yes: no; no: yes; true: false; false: true; win: lose
-lose: win; love: hate; hate: love; push: pull; pull: push; give: take; take: give; buy: sell; sell: buy; come: go; go: come
-start: stop; stop: start; begin: end; end: begin; above: below; below: above; before: after; after: before
-inside: outside; outside: inside; easy: difficult; difficult: easy; cheap: expensive; expensive: cheap; safe: dangerous
-dangerous: safe; heavy: light; wide: narrow; narrow: wide; deep: shallow; shallow: deep; smooth: rough; rough: smooth
-sharp: blunt; blunt: sharp; sweet: sour; sour: sweet; brave: afraid; kind: cruel; polite: rude; rude: polite
-awake: asleep; asleep: awake; alive: dead; dead: alive; friend: enemy; enemy: friend; summer: winter; winter: summer
-always: never; never: always; more: less; less: more; many: few; few: many; north: south; south: north; east: west
-west: east; sunrise: sunset; sunset: sunrise; laugh: cry; cry: laugh; remember: forget; forget: remember
-question: answer; answer: question; same: different; different: same; front: back; back: front; top: bottom; bottom: top
-tall: short; new: old; noisy: quiet; warm: cool; cool: warm; lazy: busy; busy: lazy; simple: complex; modern: ancient
-ancient: modern; arrive: leave; leave: arrive; find: lose; build: destroy; float: sink; sink: float; accept: refuse
-refuse: accept; success: failure; failure: success; war: peace; peace: war; hero: villain; villain: hero
+hard: soft; soft: hard; wet: dry; dry: wet; rich: poor; poor: rich; strong: weak; weak: strong; early: late
+late: early; good: bad; bad: good; clean: dirty; dirty: clean; near: far; far: near; thick: thin; thin: thick
+loud: quiet; quiet: loud; first: last; last: first; in: out; out: in; on: off; off: on; yes: no; no: yes
+true: false; false: true; win: lose; lose: win; love: hate; hate: love; push: pull; pull: push; give: take
+take: give; buy: sell; sell: buy; come: go; go: come; start: stop; stop: start; begin: end; end: begin; above: below
+below: above; before: after; after: before; inside: outside; outside: inside; easy: difficult; difficult: easy
+cheap: expensive; expensive: cheap; safe: dangerous; dangerous: safe; heavy: light; wide: narrow; narrow: wide
+deep: shallow; shallow: deep; smooth: rough; rough: smooth; sharp: blunt; blunt: sharp; sweet: sour; sour: sweet
+brave: afraid; kind: cruel; polite: rude; rude: polite; awake: asleep; asleep: awake; alive: dead; dead: alive
+friend: enemy; enemy: friend; summer: winter; winter: summer; always: never; never: always; more: less; less: more
+many: few; few: many; north: south; south: north; east: west; west: east; sunrise: sunset; sunset: sunrise
+laugh: cry; cry: laugh; remember: forget; forget: remember; question: answer; answer: question; same: different
+different: same; front: back; back: front; top: bottom; bottom: top; tall: short; new: old; noisy: quiet; warm: cool
+cool: warm; lazy: busy; busy: lazy; simple: complex; modern: ancient; ancient: modern; arrive: leave; leave: arrive
+find: lose; build: destroy; float: sink; sink: float; accept: refuse; refuse: accept; success: failure
+failure: success; war: peace; peace: war; hero: villain; villain: hero
 """)
 
 # The thing as it stands in "What colour is ...?"; plural things are listed apart for the sake of grammar.
 COLOURS = pairs("""
-grass: green; the sky: blue; snow: white; blood: red; a banana: yellow; a lemon: yellow; a carrot: orange; coal: black
-milk: white; a tomato: red; a strawberry: red; an orange: orange; the sun: yellow; a leaf: green; a frog: green
-a pig: pink; a polar bear: white; an elephant: grey; a crow: black; a raven: black; a swan: white; a flamingo: pink
-a lime: green; a cucumber: green; chocolate: brown; coffee: brown; wood: brown; soil: brown; the sea: blue; ice: white
-a fire engine: red; a cherry: red; a plum: purple; an aubergine: purple; a pumpkin: orange; corn: yellow; butter: yellow
-honey: golden; gold: golden; silver: silver; salt: white; sugar: white; rice: white; a cloud: white; the night sky: black
-a stop sign: red; an emerald: green; a ruby: red; a sapphire: blue; lavender: purple; a rose: red; a sunflower: yellow
-a daffodil: yellow; spinach: green; broccoli: green; a pea: green; a cactus: green; a school bus: yellow; mud: brown
-a mouse: grey; a shark: grey; a dolphin: grey; a ladybird: red; a chick: yellow; a bat: black; a gorilla: black
-a salmon: pink; a peach: orange; mint: green; ketchup: red; mustard: yellow; cream: white; flour: white; a tangerine: orange
-a blueberry: blue; a blackberry: black; a raspberry: red; a grape: purple; a ghost: white; ash: grey; a pearl: white
+grass: green; the sky: blue; snow: white; blood: red; a banana: yellow; a lemon: yellow; a carrot: orange
+coal: black; milk: white; a tomato: red; a strawberry: red; an orange: orange; the sun: yellow; a leaf: green
+a frog: green; a pig: pink; a polar bear: white; an elephant: grey; a crow: black; a raven: black; a swan: white
+a flamingo: pink; a lime: green; a cucumber: green; chocolate: brown; coffee: brown; wood: brown; soil: brown
+the sea: blue; ice: white; a fire engine: red; a cherry: red; a plum: purple; an aubergine: purple
+a pumpkin: orange; corn: yellow; butter: yellow; honey: golden; gold: golden; silver: silver; salt: white
+sugar: white; rice: white; a cloud: white; the night sky: black; a stop sign: red; an emerald: green; a ruby: red
+a sapphire: blue; lavender: purple; a rose: red; a sunflower: yellow; a daffodil: yellow; spinach: green
+broccoli: green; a pea: green; a cactus: green; a school bus: yellow; mud: brown; a mouse: grey; a shark: grey
+a dolphin: grey; a ladybird: red; a chick: yellow; a bat: black; a gorilla: black; a salmon: pink; a peach: orange
+mint: green; ketchup: red; mustard: yellow; cream: white; flour: white; a tangerine: orange; a blueberry: blue
+a blackberry: black; a raspberry: red; a grape: purple; a ghost: white; ash: grey; a pearl: white
 """)
 PLURAL_COLOURS = pairs("""
 bananas: yellow; tomatoes: red; carrots: orange; leaves: green; clouds: white; strawberries: red; frogs: green
-flamingos: pink; elephants: grey; lemons: yellow; cherries: red; roses: red; sunflowers: yellow; crows: black; pigs: pink
-swans: white; peas: green; oranges: orange; plums: purple; pumpkins: orange
+flamingos: pink; elephants: grey; lemons: yellow; cherries: red; roses: red; sunflowers: yellow; crows: black
+pigs: pink; swans: white; peas: green; oranges: orange; plums: purple; pumpkins: orange
 """)
 
 SOUNDS = pairs("""
-cow: moo; dog: woof; cat: meow; duck: quack; sheep: baa; pig: oink; horse: neigh; lion: roar; owl: hoot; frog: ribbit
-bee: buzz; snake: hiss; mouse: squeak; rooster: cock-a-doodle-doo; crow: caw; wolf: howl; donkey: hee-haw; turkey: gobble
-bird: tweet; goat: maa; chicken: cluck; bear: growl
+cow: moo; dog: woof; cat: meow; duck: quack; sheep: baa; pig: oink; horse: neigh; lion: roar; owl: hoot
+frog: ribbit; bee: buzz; snake: hiss; mouse: squeak; rooster: cock-a-doodle-doo; crow: caw; wolf: howl
+donkey: hee-haw; turkey: gobble; bird: tweet; goat: maa; chicken: cluck; bear: growl
 """)
 YOUNG = pairs("""
-cat: kitten; dog: puppy; cow: calf; horse: foal; sheep: lamb; pig: piglet; duck: duckling; goose: gosling; hen: chick
-lion: cub; bear: cub; wolf: pup; fox: cub; goat: kid; deer: fawn; swan: cygnet; kangaroo: joey; frog: tadpole; owl: owlet
-rabbit: kit; elephant: calf; whale: calf; eagle: eaglet; tiger: cub; butterfly: caterpillar; seal: pup
+cat: kitten; dog: puppy; cow: calf; horse: foal; sheep: lamb; pig: piglet; duck: duckling; goose: gosling
+hen: chick; lion: cub; bear: cub; wolf: pup; fox: cub; goat: kid; deer: fawn; swan: cygnet; kangaroo: joey
+frog: tadpole; owl: owlet; rabbit: kit; elephant: calf; whale: calf; eagle: eaglet; tiger: cub
+butterfly: caterpillar; seal: pup
 """)
 LEGS = pairs("""
-dog: four; cat: four; horse: four; cow: four; spider: eight; ant: six; bee: six; bird: two; snake: no; fish: no; duck: two
-chicken: two; octopus: eight; crab: ten; person: two; frog: four; lion: four; elephant: four; fly: six; butterfly: six
-beetle: six; worm: no; table: four; mouse: four; sheep: four; pig: four; penguin: two; fox: four; bear: four
+dog: four; cat: four; horse: four; cow: four; spider: eight; ant: six; bee: six; bird: two; snake: no; fish: no
+duck: two; chicken: two; octopus: eight; crab: ten; person: two; frog: four; lion: four; elephant: four; fly: six
+butterfly: six; beetle: six; worm: no; table: four; mouse: four; sheep: four; pig: four; penguin: two; fox: four
+bear: four
 """)
 
 DAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
@@ -206,21 +210,29 @@ Rebecca, Samir, Tessa, Vincent, Yasmin, Alex, Bob, Charlie, Dan, Ella, Fred, Har
 Nick, Robert, Ruth, Sophie, Steve, Susan, Thomas, William, Sarah, Michael, Linda, Ali, Wei, Mei, Aisha, Hassan, Ines
 """)
 FAVOURITE_THINGS = {
-    "colour": words("red, blue, green, yellow, orange, purple, pink, black, white, brown, grey, gold, silver, turquoise"),
-    "food": words(
-        "pizza, pasta, soup, rice, bread, cheese, curry, salad, sushi, pancakes, chocolate, noodles, tacos, apples, fish"
+    "colour": words(
+        "red, blue, green, yellow, orange, purple, pink, black, white, brown, grey, gold, silver, turquoise"
     ),
-    "animal": words("cat, dog, horse, fox, owl, dolphin, tiger, rabbit, bear, elephant, penguin, wolf, lion, frog, otter"),
-    "sport": words("football, tennis, swimming, running, chess, hockey, rugby, basketball, cycling, golf, judo, rowing"),
+    "food": words(
+        "pizza, pasta, soup, rice, bread, cheese, curry, salad, sushi, pancakes, chocolate, noodles, tacos, apples,fish"
+    ),
+    "animal": words(
+        "cat, dog, horse, fox, owl, dolphin, tiger, rabbit, bear, elephant, penguin, wolf, lion, frog, otter"
+    ),
+    "sport": words(
+        "football, tennis, swimming, running, chess, hockey, rugby, basketball, cycling, golf, judo, rowing"
+    ),
     "season": words("spring, summer, autumn, winter"),
     "drink": words("tea, coffee, water, milk, lemonade, orange juice, hot chocolate, apple juice, cola, mint tea"),
     "fruit": words("mango, apple, pear, plum, banana, kiwi, peach, cherry, melon, lemon, grape, fig, orange"),
     "number": words("2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 21, 42, 99"),
 }
 JOBS = words(
-    "teacher, nurse, baker, farmer, driver, doctor, painter, singer, writer, pilot, cook, gardener, student, lawyer, builder"
+    "teacher, nurse, baker, farmer, driver, doctor, painter, singer, writer, pilot, cook, gardener, student, lawyer,"
+    "builder"
 )
 CITIES = words(
-    "Paris, London, Berlin, Rome, Madrid, Oslo, Tokyo, Lima, Cairo, Delhi, Boston, Chicago, Munich, Porto, Dublin, Leeds,"
-    "Geneva, Vienna, Sydney, Toronto, Austin, Lagos, Nairobi, Prague, Seoul, Athens, Hamburg, Lyon, Bristol, Denver"
+    "Paris, London, Berlin, Rome, Madrid, Oslo, Tokyo, Lima, Cairo, Delhi, Boston, Chicago, Munich, Porto, Dublin,"
+    "Leeds, Geneva, Vienna, Sydney, Toronto, Austin, Lagos, Nairobi, Prague, Seoul, Athens, Hamburg, Lyon,"
+    "Bristol, Denver"
 )

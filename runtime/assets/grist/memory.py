@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from millrace.runtime.assets.grist import facts
 from millrace.runtime.assets.grist.skills import Ask, forms, held_out, made_up_name, make_name
 
-_RELATIVES = facts.words("sister, brother, mother, father, friend, teacher, neighbour, uncle, aunt, cousin, boss, wife, husband")
+_RELATIVES = facts.words(
+    "sister, brother, mother, father, friend, teacher, neighbour, uncle, aunt, cousin, boss, wife, husband"
+)
 _PETS = facts.words("dog, cat, horse, rabbit, bird, fish, hamster, parrot, turtle, mouse, goat, pony")
 _WORDS = facts.words("""
 apple, river, lamp, stone, window, cloud, garden, spoon, bridge, candle, mirror, basket, feather, island, hammer, tiger
@@ -16,23 +18,34 @@ ladder, pencil, whistle, button, forest, saddle, rocket, anchor, violin, pepper,
 """)
 
 _TELL = {
-    "name": """My name is {v}.|I am {v}.|I'm {v}.|Call me {v}.|You can call me {v}.|People call me {v}.|I am called {v}.
-Hi, my name is {v}.|Hello! I'm {v}.|Hello, I am {v}.|Hi, I'm {v}!|By the way, my name is {v}.|My name's {v}.|The name is {v}.
-Hello, my name is {v}.|Hi there, I am {v}.|Good morning, my name is {v}.|Please call me {v}.|It is {v} here.|This is {v}.
-Let me introduce myself. I am {v}.|Do you know my name? It is {v}.|Remember my name. It is {v}.|my name is {v}|i am {v}|hi im {v}""",
-    "favourite": """My favourite {k} is {v}.|The {k} I like best is {v}.|{V} is my favourite {k}.|My favourite {k} is {v}, by the way.
-I think {v} is the best {k}, it is my favourite.|I have a favourite {k}. It is {v}.|my favourite {k} is {v}|I like {v}. It is my favourite {k}.
+    "name": """\
+My name is {v}.|I am {v}.|I'm {v}.|Call me {v}.|You can call me {v}.|People call me {v}.|I am called {v}.
+Hi, my name is {v}.|Hello! I'm {v}.|Hello, I am {v}.|Hi, I'm {v}!|By the way, my name is {v}.|My name's {v}.
+The name is {v}.|Hello, my name is {v}.|Hi there, I am {v}.|Good morning, my name is {v}.|Please call me {v}.
+It is {v} here.|This is {v}.|Let me introduce myself. I am {v}.|Do you know my name? It is {v}.
+Remember my name. It is {v}.|my name is {v}|i am {v}|hi im {v}""",
+    "favourite": """\
+My favourite {k} is {v}.|The {k} I like best is {v}.|{V} is my favourite {k}.
+My favourite {k} is {v}, by the way.|I think {v} is the best {k}, it is my favourite.
+I have a favourite {k}. It is {v}.|my favourite {k} is {v}|I like {v}. It is my favourite {k}.
 Of every {k} I like {v} best.|Remember that my favourite {k} is {v}.""",
-    "city": """I live in {v}.|My home is in {v}.|I live in the city of {v}.|I am living in {v}.|My house is in {v}.|i live in {v}
-At the moment I live in {v}.|I live in {v} with my family.|Did I tell you that I live in {v}?""",
-    "job": """I work as a {v}.|I am a {v}.|My job is being a {v}.|I'm a {v}.|I earn my money as a {v}.|I am a {v} by trade.|i am a {v}""",
-    "age": """I am {v} years old.|I'm {v} years old.|My age is {v}.|I am {v} years old now.|i am {v} years old|I turned {v} today.""",
-    "pet": """I have a {k} called {v}.|My {k} is called {v}.|I have a {k} named {v}.|My {k}'s name is {v}.|The name of my {k} is {v}.
-i have a {k} called {v}|We have a {k}. It is called {v}.""",
-    "relative": """My {k} is called {v}.|My {k}'s name is {v}.|The name of my {k} is {v}.|I have a {k} called {v}.|my {k} is called {v}
-My {k} is named {v}.""",
-    "word": """Remember the word {v}.|Please remember the word {v}.|The secret word is {v}.|Keep this word in mind: {v}.|My word is {v}.
-The word is {v}. Do not forget it.""",
+    "city": """I live in {v}.|My home is in {v}.|I live in the city of {v}.|I am living in {v}.|My house is in {v}.
+i live in {v}|At the moment I live in {v}.|I live in {v} with my family.|Did I tell you that I live in {v}?""",
+    "job": """\
+I work as a {v}.|I am a {v}.|My job is being a {v}.|I'm a {v}.|I earn my money as a {v}.|I am a {v} by trade.
+i am a {v}""",
+    "age": """\
+I am {v} years old.|I'm {v} years old.|My age is {v}.|I am {v} years old now.|i am {v} years old
+I turned {v} today.""",
+    "pet": """\
+I have a {k} called {v}.|My {k} is called {v}.|I have a {k} named {v}.|My {k}'s name is {v}.
+The name of my {k} is {v}.|i have a {k} called {v}|We have a {k}. It is called {v}.""",
+    "relative": """\
+My {k} is called {v}.|My {k}'s name is {v}.|The name of my {k} is {v}.|I have a {k} called {v}.
+my {k} is called {v}|My {k} is named {v}.""",
+    "word": """\
+Remember the word {v}.|Please remember the word {v}.|The secret word is {v}.|Keep this word in mind: {v}.
+My word is {v}.|The word is {v}. Do not forget it.""",
 }
 _ACK = {
     "name": "Nice to meet you, {v}!",
@@ -45,22 +58,32 @@ _ACK = {
     "word": "I will remember the word {v}.",
 }
 _ASK = {
-    "name": """What is my name?|What's my name?|Do you remember my name?|Who am I?|Tell me my name.|Can you tell me my name?|Say my name.
-Do you know my name?|Do you still know my name?|What am I called?|What did I say my name was?|So what is my name?|And what is my name?
-Can you remember my name?|What was my name?|What was my name again?|Which name did I tell you?|Do you know who I am?|Now, what is my name?""",
-    "favourite": """What is my favourite {k}?|Do you remember my favourite {k}?|Tell me my favourite {k}.|Which {k} do I like best?|What {k} do I like best?
-Can you tell me my favourite {k}?|Do you know my favourite {k}?|What was my favourite {k}?|Which {k} is my favourite?|And my favourite {k}?
-What's my favourite {k}?|What did I say my favourite {k} was?|Which {k} did I say I like best?""",
-    "city": """Where do I live?|Which city do I live in?|Do you remember where I live?|Tell me where I live.|What city do I live in?|Where is my home?
-Do you know where I live?|In which city do I live?|Where did I say I live?""",
-    "job": """What is my job?|Do you remember my job?|What do I work as?|Tell me my job.|What is my work?|What do I do for a living?
-Do you know my job?|What did I say my job was?""",
-    "age": """How old am I?|What is my age?|Do you remember how old I am?|Tell me my age.|Do you know my age?|How old did I say I am?
-Do you know how old I am?""",
-    "pet": """What is my {k} called?|What is the name of my {k}?|What is my {k}'s name?|Do you remember the name of my {k}?|Tell me the name of my {k}.
-Do you know what my {k} is called?|How is my {k} called?|What did I call my {k}?""",
-    "word": """What was the word?|What is the word?|Which word did I tell you?|What is the secret word?|Do you remember the word?|Tell me the word.
-Say the word.|Which word should you remember?""",
+    "name": """\
+What is my name?|What's my name?|Do you remember my name?|Who am I?|Tell me my name.|Can you tell me my name?
+Say my name.|Do you know my name?|Do you still know my name?|What am I called?|What did I say my name was?
+So what is my name?|And what is my name?|Can you remember my name?|What was my name?|What was my name again?
+Which name did I tell you?|Do you know who I am?|Now, what is my name?""",
+    "favourite": """\
+What is my favourite {k}?|Do you remember my favourite {k}?|Tell me my favourite {k}.|Which {k} do I like best?
+What {k} do I like best?|Can you tell me my favourite {k}?|Do you know my favourite {k}?
+What was my favourite {k}?|Which {k} is my favourite?|And my favourite {k}?|What's my favourite {k}?
+What did I say my favourite {k} was?|Which {k} did I say I like best?""",
+    "city": """\
+Where do I live?|Which city do I live in?|Do you remember where I live?|Tell me where I live.
+What city do I live in?|Where is my home?|Do you know where I live?|In which city do I live?
+Where did I say I live?""",
+    "job": """\
+What is my job?|Do you remember my job?|What do I work as?|Tell me my job.|What is my work?
+What do I do for a living?|Do you know my job?|What did I say my job was?""",
+    "age": """\
+How old am I?|What is my age?|Do you remember how old I am?|Tell me my age.|Do you know my age?
+How old did I say I am?|Do you know how old I am?""",
+    "pet": """\
+What is my {k} called?|What is the name of my {k}?|What is my {k}'s name?|Do you remember the name of my {k}?
+Tell me the name of my {k}.|Do you know what my {k} is called?|How is my {k} called?|What did I call my {k}?""",
+    "word": """\
+What was the word?|What is the word?|Which word did I tell you?|What is the secret word?
+Do you remember the word?|Tell me the word.|Say the word.|Which word should you remember?""",
 }
 _ASK["relative"] = _ASK["pet"].replace("What did I call my {k}?", "Who is my {k}?")
 _REPLY = {
@@ -158,5 +181,7 @@ def make_echo(rng: random.Random) -> Ask:
         chosen[rng.randrange(len(chosen))] = make_name(rng, False)
     chosen = [word for word in chosen if not held_out(f"name {word.lower()}")] or ["hello"]
     text = " ".join(chosen)
-    form = rng.choice(("Repeat after me: {}", "Say {}", "Repeat: {}", "Please say {}", "Can you say {}?", "Repeat the words {}"))
+    form = rng.choice(
+        ("Repeat after me: {}", "Say {}", "Repeat: {}", "Please say {}", "Can you say {}?", "Repeat the words {}")
+    )
     return Ask("echo", form.format(text), text, (text.lower(),), True)

@@ -1,7 +1,7 @@
 """The Llama architecture in plain torch, for training and examining grist without any other library.
 
-Parameters bear the names of the Hugging Face checkpoint, so `state_dict()` is what `model.safetensors` holds. The runtime has its own
-Llama; this one has a backward pass and nothing else in common with it, which also makes it an independent reference.
+Parameters bear the names of the Hugging Face checkpoint, so `state_dict()` is what `model.safetensors` holds. The
+runtime has its own Llama; this one shares no code with it, which also makes it an independent reference.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Every question that grist is trained or examined on, and the line between the two.
 
-A question is held out when a hash of its *normal form* (lower case, no punctuation, contractions opened, courtesies dropped)
-falls into the held-out share. The normal form stands for all spellings of the question, so no spelling of a held-out one
-can reach the training text. Sums and names are held out as such: a held-out sum is in no training question and no
-training answer, whichever way round it is put.
+A question is held out when a hash of its *normal form* (lower case, no punctuation, contractions opened, courtesies
+dropped) falls into the held-out share. The normal form stands for all spellings of the question, so no spelling of a
+held-out one can reach the training text. Sums and names are held out as such: a held-out sum is in no training question
+and no training answer, whichever way round it is put.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from millrace.runtime.assets.grist import facts, stories, talk
 HELD_OUT_PERCENT = 10
 DOES_NOT_KNOW = ("do not know", "too big", "too small", "cannot")
 
-_OPENED = {"what's": "what is", "who's": "who is", "where's": "where is", "how's": "how is", "i'm": "i am", "it's": "it is",
-           "don't": "do not", "can't": "cannot", "that's": "that is", "i'd": "i would", "let's": "let us",
-           "doesn't": "does not", "favorite": "favourite", "color": "colour", "colors": "colours"}  # fmt: skip
-_COURTESIES = frozenset("please hi hello hey grist so now and ok tell me".split())
+_OPENED = {"what's": "what is", "who's": "who is", "where's": "where is", "how's": "how is", "i'm": "i am",
+           "it's": "it is", "don't": "do not", "can't": "cannot", "that's": "that is", "i'd": "i would",
+           "let's": "let us", "doesn't": "does not", "favorite": "favourite", "color": "colour", "colors": "colours"}  # fmt: skip
+_COURTESIES = frozenset(("please", "hi", "hello", "hey", "grist", "so", "now", "and", "ok", "tell", "me"))
 
 
 def normal_form(question: str) -> str:
@@ -52,52 +52,78 @@ class Ask:
 
 Groups = tuple[tuple[Ask, ...], ...]
 
-_CAPITAL = """What is the capital of {}?|Which city is the capital of {}?|Tell me the capital of {}.|Name the capital of {}.
+_CAPITAL = """\
+What is the capital of {}?|Which city is the capital of {}?|Tell me the capital of {}.|Name the capital of {}.
 What is the capital city of {}?|What city is the capital of {}?|I forgot the capital of {}.|The capital of {}?
-I need to know the capital of {}.|Give me the capital of {}.|Say the capital of {}.|What do you call the capital of {}?
-I would like to know the capital of {}.|Which city is {}'s capital?|What is {}'s capital?|And what is the capital of {}?
-Do you know the capital of {}?|Can you tell me the capital of {}?|Could you name the capital of {}?
-Do you know what the capital of {} is?|Capital of {}|The capital city of {} is?"""
-_CAPITAL_OF = """{} is the capital of which country?|Which country has the capital {}?|What country is {} the capital of?
-Of which country is {} the capital?|{} is the capital of what?"""
-_OPPOSITE = """What is the opposite of {}?|Tell me the opposite of {}.|Opposite of {}|Give me the opposite of {}.|What is the reverse of {}?
-Which word is the opposite of {}?|What word means the opposite of {}?|Do you know the opposite of {}?|The opposite of {} is?
-Can you tell me the opposite of {}?|Name the opposite of {}.|Say the opposite of {}.|What is the antonym of {}?"""
-_COLOUR = """What colour is {}?|What is the colour of {}?|Which colour is {}?|Tell me the colour of {}.|Do you know what colour {} is?
-Can you tell me the colour of {}?|What colour does {} have?|The colour of {}?|Which colour does {} have?|Name the colour of {}.
-I want to know what colour {} is.|Do you know the colour of {}?"""
-_COLOURS = """What colour are {}?|What is the colour of {}?|Which colour are {}?|Tell me the colour of {}.|Do you know what colour {} are?
-Can you tell me the colour of {}?|What colour do {} have?|Name the colour of {}."""
-_AFTER = """What {kind} comes after {}?|Which {kind} comes after {}?|What comes after {}?|Which {kind} follows {}?|Tell me the {kind} after {}.
-What is the {kind} after {}?|What is the next {kind} after {}?|Do you know which {kind} comes after {}?|The {kind} after {}?
-Which {kind} is next after {}?|Can you name the {kind} after {}?"""
-_BEFORE = """What {kind} comes before {}?|Which {kind} comes before {}?|What comes before {}?|Tell me the {kind} before {}.
-What is the {kind} before {}?|Do you know which {kind} comes before {}?|The {kind} before {}?|Which {kind} is just before {}?
-Can you name the {kind} before {}?|Which {kind} is right before {}?"""
-_SOUND = """What does a {} say?|What sound does a {} make?|Which sound does a {} make?|What noise does a {} make?|How does a {} go?
-Tell me what a {} says.|Do you know what a {} says?|What is the sound of a {}?"""
-_YOUNG = """What is a baby {} called?|What do you call a baby {}?|What is a young {} called?|What do you call a young {}?
-Tell me the name of a baby {}.|Do you know what a baby {} is called?|What is the baby of a {} called?"""
-_LEGS = """How many legs does a {} have?|How many legs has a {}?|Tell me how many legs a {} has.|Do you know how many legs a {} has?
-What number of legs does a {} have?|Can you tell me how many legs a {} has?"""
-_HOW_TO = """How do I {}?|How can I {}?|How do you {}?|Tell me how to {}.|How to {}|What is the best way to {}?|Can you tell me how to {}?
-Explain how to {}.|I want to {}. How do I do it?|Do you know how to {}?|Teach me how to {}.|I need to {}. Can you help?
-Show me how to {}.|I would like to {}.|What do I need to do to {}?"""
-_STORY = """Tell me a story about {}.|Can you tell me a story about {}?|I want a story about {}.|Write a story about {}.|A story about {}
-Do you know a story about {}?|Tell a story about {}.|I would like to hear a story about {}.|Make up a story about {}.
-Give me a story about {}.|Write me a little story about {}.|Please tell me a story with {}.|I would love a story about {}."""
-_SHORT_STORY = """Tell me a short story about {}.|Write a short story about {}.|A short story about {}|Can you write a short story about {}?
-Give me a short story about {}.|I want a short story about {}."""
-_ANY_STORY = """Tell me a story.|Can you tell me a story?|I want to hear a story.|A story please.|Do you know a story?|Tell me a bedtime story.
-Write a story.|Make up a story.|I would like a story.|Tell me another story.|Another story please.|Give me a story."""
-_ADD = """What is {a} + {b}?|What is {a} plus {b}?|{a} + {b}|{a}+{b}|{a} + {b} = ?|{a} + {b} =|How much is {a} plus {b}?|How much is {a} + {b}?
-Can you add {a} and {b}?|Add {a} and {b}.|Calculate {a} + {b}.|What do you get if you add {a} and {b}?|What is the sum of {a} and {b}?
-Tell me what {a} plus {b} is.|{a} plus {b}|{a} and {b} make?|Do you know what {a} + {b} is?|What is {a} and {b} together?"""
-_SUB = """What is {a} - {b}?|What is {a} minus {b}?|{a} - {b}|{a}-{b}|{a} - {b} = ?|{a} - {b} =|How much is {a} minus {b}?|Calculate {a} - {b}.
-Take {b} from {a}.|Subtract {b} from {a}.|What is left if I take {b} from {a}?|Tell me what {a} minus {b} is.|{a} minus {b}
-What do you get if you take {b} away from {a}?|Do you know what {a} - {b} is?|How much is {a} - {b}?"""
-_MUL = """What is {a} times {b}?|What is {a} * {b}?|{a} * {b}|{a} x {b}|{a} times {b}|How much is {a} times {b}?|Calculate {a} * {b}.
-What is {a} x {b}?|Multiply {a} by {b}.|What is {a} multiplied by {b}?|Tell me what {a} times {b} is.|{a} * {b} = ?"""
+I need to know the capital of {}.|Give me the capital of {}.|Say the capital of {}.
+What do you call the capital of {}?|I would like to know the capital of {}.|Which city is {}'s capital?
+What is {}'s capital?|And what is the capital of {}?|Do you know the capital of {}?
+Can you tell me the capital of {}?|Could you name the capital of {}?|Do you know what the capital of {} is?
+Capital of {}|The capital city of {} is?"""
+_CAPITAL_OF = """{} is the capital of which country?|Which country has the capital {}?
+What country is {} the capital of?|Of which country is {} the capital?|{} is the capital of what?"""
+_OPPOSITE = """\
+What is the opposite of {}?|Tell me the opposite of {}.|Opposite of {}|Give me the opposite of {}.
+What is the reverse of {}?|Which word is the opposite of {}?|What word means the opposite of {}?
+Do you know the opposite of {}?|The opposite of {} is?|Can you tell me the opposite of {}?
+Name the opposite of {}.|Say the opposite of {}.|What is the antonym of {}?"""
+_COLOUR = """\
+What colour is {}?|What is the colour of {}?|Which colour is {}?|Tell me the colour of {}.
+Do you know what colour {} is?|Can you tell me the colour of {}?|What colour does {} have?|The colour of {}?
+Which colour does {} have?|Name the colour of {}.|I want to know what colour {} is.
+Do you know the colour of {}?"""
+_COLOURS = """\
+What colour are {}?|What is the colour of {}?|Which colour are {}?|Tell me the colour of {}.
+Do you know what colour {} are?|Can you tell me the colour of {}?|What colour do {} have?|Name the colour of {}."""
+_AFTER = """\
+What {kind} comes after {}?|Which {kind} comes after {}?|What comes after {}?|Which {kind} follows {}?
+Tell me the {kind} after {}.|What is the {kind} after {}?|What is the next {kind} after {}?
+Do you know which {kind} comes after {}?|The {kind} after {}?|Which {kind} is next after {}?
+Can you name the {kind} after {}?"""
+_BEFORE = """\
+What {kind} comes before {}?|Which {kind} comes before {}?|What comes before {}?|Tell me the {kind} before {}.
+What is the {kind} before {}?|Do you know which {kind} comes before {}?|The {kind} before {}?
+Which {kind} is just before {}?|Can you name the {kind} before {}?|Which {kind} is right before {}?"""
+_SOUND = """\
+What does a {} say?|What sound does a {} make?|Which sound does a {} make?|What noise does a {} make?
+How does a {} go?|Tell me what a {} says.|Do you know what a {} says?|What is the sound of a {}?"""
+_YOUNG = """What is a baby {} called?|What do you call a baby {}?|What is a young {} called?
+What do you call a young {}?|Tell me the name of a baby {}.|Do you know what a baby {} is called?
+What is the baby of a {} called?"""
+_LEGS = """\
+How many legs does a {} have?|How many legs has a {}?|Tell me how many legs a {} has.
+Do you know how many legs a {} has?|What number of legs does a {} have?|Can you tell me how many legs a {} has?"""
+_HOW_TO = """\
+How do I {}?|How can I {}?|How do you {}?|Tell me how to {}.|How to {}|What is the best way to {}?
+Can you tell me how to {}?|Explain how to {}.|I want to {}. How do I do it?|Do you know how to {}?
+Teach me how to {}.|I need to {}. Can you help?|Show me how to {}.|I would like to {}.
+What do I need to do to {}?"""
+_STORY = """\
+Tell me a story about {}.|Can you tell me a story about {}?|I want a story about {}.|Write a story about {}.
+A story about {}|Do you know a story about {}?|Tell a story about {}.|I would like to hear a story about {}.
+Make up a story about {}.|Give me a story about {}.|Write me a little story about {}.
+Please tell me a story with {}.|I would love a story about {}."""
+_SHORT_STORY = """\
+Tell me a short story about {}.|Write a short story about {}.|A short story about {}
+Can you write a short story about {}?|Give me a short story about {}.|I want a short story about {}."""
+_ANY_STORY = """\
+Tell me a story.|Can you tell me a story?|I want to hear a story.|A story please.|Do you know a story?
+Tell me a bedtime story.|Write a story.|Make up a story.|I would like a story.|Tell me another story.
+Another story please.|Give me a story."""
+_ADD = """\
+What is {a} + {b}?|What is {a} plus {b}?|{a} + {b}|{a}+{b}|{a} + {b} = ?|{a} + {b} =|How much is {a} plus {b}?
+How much is {a} + {b}?|Can you add {a} and {b}?|Add {a} and {b}.|Calculate {a} + {b}.
+What do you get if you add {a} and {b}?|What is the sum of {a} and {b}?|Tell me what {a} plus {b} is.
+{a} plus {b}|{a} and {b} make?|Do you know what {a} + {b} is?|What is {a} and {b} together?"""
+_SUB = """\
+What is {a} - {b}?|What is {a} minus {b}?|{a} - {b}|{a}-{b}|{a} - {b} = ?|{a} - {b} =|How much is {a} minus {b}?
+Calculate {a} - {b}.|Take {b} from {a}.|Subtract {b} from {a}.|What is left if I take {b} from {a}?
+Tell me what {a} minus {b} is.|{a} minus {b}|What do you get if you take {b} away from {a}?
+Do you know what {a} - {b} is?|How much is {a} - {b}?"""
+_MUL = """\
+What is {a} times {b}?|What is {a} * {b}?|{a} * {b}|{a} x {b}|{a} times {b}|How much is {a} times {b}?
+Calculate {a} * {b}.|What is {a} x {b}?|Multiply {a} by {b}.|What is {a} multiplied by {b}?
+Tell me what {a} times {b} is.|{a} * {b} = ?"""
 _TOO_BIG = "I cannot do that. I can only do small sums."
 
 
@@ -157,7 +183,8 @@ def _calendar_asks() -> Groups:
         for table, way, step in ((_AFTER, "after", 1), (_BEFORE, "before", -1)):
             near = {name: ring[(i + step) % len(ring)] for i, name in enumerate(ring)}
             groups += _fill("calendar", table, near, lambda a, b, way=way: _grammar(f"{b} comes {way} {a}."), kind)  # type: ignore[misc]
-    asks = "How many days does {} have?|How many days are in {}?|How many days are there in {}?|How long is {}?|Tell me how many days {} has."
+    asks = """How many days does {} have?|How many days are in {}?|How many days are there in {}?|How long is {}?
+    Tell me how many days {} has."""
     groups += _fill("calendar", asks, facts.MONTH_DAYS, lambda a, b: f"{a} has {b} days.")
     for what, reply in facts.AMOUNTS.items():
         number = re.search(r"\d+", reply)
@@ -171,10 +198,10 @@ def _calendar_asks() -> Groups:
                      f"Name the {order} {kind} of the {whole}.")  # fmt: skip
             reply = f"{ring[i]} is the {order} {kind} of the {whole}."
             groups.append(tuple(Ask("calendar", form, reply, (ring[i].lower(),)) for form in verbs))
-        verbs = (f"What are the {kind}s of the {whole}?", f"Name the {kind}s of the {whole}.", f"List all {kind}s.",
+        lists = (f"What are the {kind}s of the {whole}?", f"Name the {kind}s of the {whole}.", f"List all {kind}s.",
                  f"Tell me the {kind}s of the {whole}.")  # fmt: skip
         reply = f"The {kind}s of the {whole} are {', '.join(ring[:-1])} and {ring[-1]}."
-        groups.append(tuple(Ask("calendar", form, reply, (f"{ring[1]}, {ring[2]}".lower(),)) for form in verbs))
+        groups.append(tuple(Ask("calendar", form, reply, (f"{ring[1]}, {ring[2]}".lower(),)) for form in lists))
     return tuple(groups)
 
 
@@ -218,7 +245,7 @@ _ALWAYS_TRAINED = 4
 
 @cache
 def listed(skill: str, held: bool) -> Groups:
-    """The questions of a skill whose questions can be listed, on one side of the line; groups left empty are dropped."""
+    """The questions of a skill that has a list of them, on one side of the line; groups left empty are dropped."""
     makers: dict[str, Callable[[], Groups]] = {
         "capitals": _capital_asks,
         "opposites": _opposite_asks,
@@ -237,9 +264,7 @@ def listed(skill: str, held: bool) -> Groups:
     if skill == "unknown":
         kept_forms = {normal_form(group[0].user) for group in groups if len(group) == 1}
     sides = (
-        tuple(
-            ask for ask in group if (held_out(form := normal_form(ask.user)) and form not in kept_forms) is held
-        )
+        tuple(ask for ask in group if (held_out(form := normal_form(ask.user)) and form not in kept_forms) is held)
         for group in groups
     )
     return tuple(side for side in sides if side)
@@ -295,7 +320,9 @@ def make_count(rng: random.Random) -> Ask:
     if rng.random() < 0.3:
         i = rng.randrange(25)
         a, b = chr(65 + i), chr(66 + i)
-        form = rng.choice(("Which letter comes after {}?", "What letter comes after {}?", "What is the letter after {}?"))
+        form = rng.choice(
+            ("Which letter comes after {}?", "What letter comes after {}?", "What is the letter after {}?")
+        )
         return Ask("counting", form.format(a), f"{b} comes after {a}.", (f"{b} comes".lower(),), True)
     start = rng.choice((1, 1, 1, rng.randint(0, 30)))
     end = start + rng.randint(3, 12)
@@ -310,8 +337,9 @@ def make_too_big(rng: random.Random) -> Ask:
     """A sum that is too big, and a thing that nobody has heard of: grist should say so rather than guess."""
     if rng.random() < 0.5:
         a, b = rng.randint(200, 9999), rng.randint(100, 9999)
-        form = rng.choice(("What is {a} + {b}?", "{a} * {b}", "What is {a} times {b}?", "{a} - {b}", "Calculate {a} + {b}.",
-                           "How much is {a} plus {b}?", "What is {a} divided by {b}?", "{a} / {b}"))  # fmt: skip
+        form = rng.choice(("What is {a} + {b}?", "{a} * {b}", "What is {a} times {b}?", "{a} - {b}",
+                           "Calculate {a} + {b}.", "How much is {a} plus {b}?",
+                           "What is {a} divided by {b}?", "{a} / {b}"))  # fmt: skip
         return Ask("unknown", form.format(a=a, b=b), _TOO_BIG, DOES_NOT_KNOW, True)
     place = made_up_name(rng) + rng.choice(("", "", "land", "ia", "stan"))
     form = rng.choice(forms(_CAPITAL))
@@ -342,7 +370,10 @@ def make_story(rng: random.Random, held: bool) -> Ask:
     return Ask("stories", question, stories.tell(rng, topic, short).text, (topic,))
 
 
-_STARTS = facts.words("B, D, F, G, H, J, K, L, M, N, P, R, S, T, V, W, Z, Br, Dr, Gr, Kr, Tr, Fl, Kl, Sh, Th, St, Ch, A, E, I, O, U, Al, El, Or")
+_STARTS = facts.words(
+    "B, D, F, G, H, J, K, L, M, N, P, R, S, T, V, W, Z, Br, Dr, Gr, Kr, Tr, Fl, Kl, Sh, Th, St, Ch, A, E, I, O, U,"
+    "Al, El, Or"
+)
 _VOWELS = facts.words("a, e, i, o, u, a, e, o, ai, ia, ee, ei")
 _MIDDLES = facts.words("b, d, f, g, k, l, m, n, p, r, s, t, v, z, ll, nn, rr, nd, rt, lm, st, rk, nt, x, sh, th")
 _ENDS = ("", "", "", "n", "s", "r", "l", "m", "k", "x", "th", "na", "lo", "ra", "do", "ley", "son", "ta")

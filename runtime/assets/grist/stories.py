@@ -1,8 +1,8 @@
 """Short stories of five to ten sentences, put together from plots with open places.
 
-A plot is a list of sentences in order; each sentence has some variants. Open places are filled once per story, so the hero keeps
-the same name, the same pronoun and the same wish from beginning to end: that is the part of story telling that a very
-small model can learn.
+A plot is a list of sentences in order; each sentence has some variants. Open places are filled once per story, so the
+hero keeps the same name, the same pronoun and the same wish from beginning to end: that is the part of story telling
+that a very small model can learn.
 """
 
 from __future__ import annotations
@@ -15,28 +15,41 @@ from millrace.runtime.assets.grist.facts import words
 ANIMALS = words("""
 fox, cat, dog, rabbit, bear, mouse, owl, duck, frog, horse, pig, hen, goat, lion, tiger, wolf, deer, hedgehog, squirrel
 turtle, penguin, elephant, monkey, bee, snail, sheep, donkey, crow, whale, dolphin, dragon, kitten, puppy, otter, badger
-zebra, giraffe, camel, kangaroo, goose, spider, ant, butterfly, crab, seal, eagle, swan, moose, panda, koala, lizard, mole
-parrot, snake, bat, cow, chicken, lamb, pony, unicorn, beetle, worm, fish, shark, octopus, hamster, raven, ladybird
+zebra, giraffe, camel, kangaroo, goose, spider, ant, butterfly, crab, seal, eagle, swan, moose, panda, koala, lizard
+mole, parrot, snake, bat, cow, chicken, lamb, pony, unicorn, beetle, worm, fish, shark, octopus
+hamster, raven, ladybird
 """)
-PEOPLE = words("girl, boy, king, queen, princess, prince, knight, wizard, witch, farmer, baker, sailor, pirate, giant, fisherman")
+PEOPLE = words(
+    "girl, boy, king, queen, princess, prince, knight, wizard, witch, farmer, baker, sailor, pirate, giant, fisherman"
+)
 OBJECTS = words("robot, boat, train, snowman, star, cloud, teapot, kite, toy car, lantern, tree, ghost, rocket, clock")
 TOPICS = ANIMALS + PEOPLE + OBJECTS
 
 _NAMES = {
-    "he": words("Pip, Tom, Max, Oscar, Finn, Bruno, Hugo, Milo, Otto, Toby, Rolo, Jasper, Ned, Gus, Barnaby, Kip, Leo, Sam"),
-    "she": words("Mia, Lily, Ruby, Nell, Daisy, Tilly, Wren, Hazel, Poppy, Luna, Ivy, Bella, Fern, Dot, Rosie, Willa, Ada, Zoe"),
+    "he": words(
+        "Pip, Tom, Max, Oscar, Finn, Bruno, Hugo, Milo, Otto, Toby, Rolo, Jasper, Ned, Gus, Barnaby, Kip, Leo, Sam"
+    ),
+    "she": words(
+        "Mia, Lily, Ruby, Nell, Daisy, Tilly, Wren, Hazel, Poppy, Luna, Ivy, Bella, Fern, Dot, Rosie, Willa, Ada, Zoe"
+    ),
 }
 _FORMS = {"he": ("him", "his"), "she": ("her", "her")}
 _ALWAYS = {"king": "he", "prince": "he", "wizard": "he", "boy": "he", "fisherman": "he", "snowman": "he",
            "queen": "she", "princess": "she", "witch": "she", "girl": "she", "hen": "she"}  # fmt: skip
 NAMES = frozenset(_NAMES["he"] + _NAMES["she"])
-_TRAITS = words("little, young, brave, shy, clever, kind, curious, lonely, happy, quiet, small, friendly, lazy, cheerful")
+_TRAITS = words(
+    "little, young, brave, shy, clever, kind, curious, lonely, happy, quiet, small, friendly, lazy, cheerful"
+)
 _PLACES = words("""
 in a green forest, by the sea, on a small farm, near a quiet river, in a little village, on top of a hill
 in an old house, at the edge of a wood, in a warm valley, on a small island, beside a blue lake, in a big garden
 """)
-_LOST = words("red hat, golden key, favourite ball, little bell, silver ring, blue scarf, old map, toy, basket of berries")
-_HELPERS = words("old owl, small mouse, kind crow, grey goose, tiny ant, wise turtle, young rabbit, friendly frog, brown bear")
+_LOST = words(
+    "red hat, golden key, favourite ball, little bell, silver ring, blue scarf, old map, toy, basket of berries"
+)
+_HELPERS = words(
+    "old owl, small mouse, kind crow, grey goose, tiny ant, wise turtle, young rabbit, friendly frog, brown bear"
+)
 _WISHES = words("""
 to see the sea, to fly, to learn to sing, to find a friend, to climb the highest hill, to touch the moon, to swim
 to see the snow, to learn to dance, to paint the sky, to travel the world, to bake the best cake
@@ -85,7 +98,8 @@ _PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("Then {he} saw a small light between the trees.", "Then {he} heard a soft voice in the dark."),
         ('It was a {helper}, who said, "Come in and get warm."', "It was a {helper} with a warm little house."),
         ("They shared some {food} and told each other stories.", "They ate {food} and sat by the fire."),
-        ("In the morning the sun came out, and {name} found the way home.", "The next day the {helper} showed {him} the way home."),
+        ("In the morning the sun came out, and {name} found the way home.",
+         "The next day the {helper} showed {him} the way home."),
     ),
     (
         ("One day {name} had a big basket of {food}.", "{name} had found a lot of {food}."),
@@ -93,11 +107,13 @@ _PLOTS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ('At first {name} said, "No, it is all mine."', "At first {name} did not want to share."),
         ("The {helper} went away without a word.", "The {helper} walked away with a sad face."),
         ("But the {food} did not taste good alone.", "But eating alone was no fun."),
-        ("So {name} ran after the {helper} and shared everything.", "So {name} called the {helper} back and gave away half."),
+        ("So {name} ran after the {helper} and shared everything.",
+         "So {name} called the {helper} back and gave away half."),
         ("They ate and laughed until it was dark.", "They had a wonderful day together."),
     ),
     (
-        ("One day {name} saw a {helper} who had fallen into the water.", "One day a {helper} was stuck in a deep hole."),
+        ("One day {name} saw a {helper} who had fallen into the water.",
+         "One day a {helper} was stuck in a deep hole."),
         ('"Help me!" cried the {helper}.', 'The {helper} called, "Please help me!"'),
         ("{name} was afraid, but {he} did not run away.", "{name} thought quickly."),
         ("{He} took a long branch and held it out.", "{He} found a rope and threw it down."),

@@ -2,10 +2,10 @@
 
     python -m millrace.runtime.assets.grist.train --minutes 60 --out DIR
 
-The clock is the budget: the learning rate falls to zero as the minutes run out, however fast the machine is. Matrices are stepped by
-Muon (momentum, then the nearest orthogonal matrix), which needs fewer tokens than Adam at this size; embedding and norms
-by AdamW. Rows are packed with whole conversations that cannot see each other, and one step in ten is on one long conversation
-near the full context, so that far positions and far distances are trained as well.
+The clock is the budget: the learning rate falls to zero as the minutes run out, however fast the machine is. Matrices
+are stepped by Muon (momentum, then the nearest orthogonal matrix), which needs fewer tokens than Adam at this size;
+embedding and norms by AdamW. Rows are packed with whole conversations that cannot see each other. Later, one step in
+ten is on one long conversation of up to the full context, so that far positions and far distances are trained as well.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ ROW = 256  # tokens per packed row
 LONG_EVERY = 10  # every tenth step sees a long conversation
 LONG_AFTER = 0.3  # share of the time after which long conversations begin: before, they would teach little
 
-Batch = tuple[Tensor, Tensor, Tensor]  # ids [rows, tokens], learned [rows, tokens] bool, conversation number [rows, tokens]
+# Token ids, which of them are learned (bool), and the number of the conversation in its row; each [rows, tokens].
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Muon:
@@ -66,7 +67,7 @@ def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
     """Roughly the nearest orthogonal matrix of each of [n, rows, columns], by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
         gram = x @ x.mT
@@ -168,7 +169,9 @@ def export(model: Grist, tokenizer: Tokenizer, folder: Path) -> None:
     save_text_files(tokenizer, folder)
 
 
-def train(minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, start_from: Path | None = None) -> None:
+def train(
+    minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, start_from: Path | None = None
+) -> None:
     """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`.
 
     With `start_from`, go on from that checkpoint and its tokenizer, on the conversations of another seed.
@@ -204,7 +207,10 @@ def train(minutes: float, folder: Path, rows: int, seed: int, save_minutes: floa
         average += (loss.item() - average) * (1.0 if step == 1 else 0.05)
         now = time.monotonic()
         if step % 50 == 0:
-            print(f"step {step}  {total / 1e6:.2f} M tokens  {total / (now - start):.0f}/s  loss {average:.3f}", flush=True)
+            print(
+                f"step {step}  {total / 1e6:.2f} M tokens  {total / (now - start):.0f}/s  loss {average:.3f}",
+                flush=True,
+            )
         if now - saved > 60 * save_minutes:
             export(model, tokenizer, folder)
             saved = now
@@ -225,7 +231,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    train(arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, arguments.start_from)
+    train(
+        arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, arguments.start_from
+    )
 
 
 if __name__ == "__main__":

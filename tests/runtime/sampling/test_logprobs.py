@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from millrace.runtime.errors import RequestFailedError
 from millrace.runtime.sampling import SamplerState, prompt_logprobs
 from millrace.runtime.types import SamplingParams
 
@@ -72,14 +71,26 @@ def test_masked_tokens_have_no_probability():
     logits[0, [3, 50]] = 2.0
     columns = prompt_logprobs(logits, [7], 4)
     assert columns.logprobs[0] == -np.inf
+    assert columns.num_top.tolist() == [2]
     assert columns.top_ids[0].tolist() == [3, 50, -1, -1]
     np.testing.assert_allclose(columns.top_logprobs[0, :2], np.log(0.5))
 
 
-def test_broken_prompt_logits_fail_with_the_position():
+def test_broken_prompt_logits_touch_only_their_position():
     logits = coarse(5, 100, 3)
-    logits[[1, 3], 70] = torch.nan
-    with pytest.raises(RequestFailedError, match="at 2 of 5 prompt positions, the first at 1"):
-        prompt_logprobs(logits, range(5), 2)
+    healthy = prompt_logprobs(logits, range(5), 2)
+    logits[1, 70], logits[3, 0] = torch.nan, torch.inf
+    columns = prompt_logprobs(logits, range(5), 2)
+    assert columns.index.tolist() == [0, 1, 2, 3, 4]
+    assert np.isnan(columns.logprobs).tolist() == [False, True, False, True, False]
+    assert columns.num_top.tolist() == [2, 0, 2, 0, 2]
+    for i in (0, 2, 4):
+        assert columns.logprobs[i] == healthy.logprobs[i]
+        assert columns.top_ids[i].tolist() == healthy.top_ids[i].tolist()
+        assert columns.top_logprobs[i].tolist() == healthy.top_logprobs[i].tolist()
+
+
+def test_prompt_logprobs_need_one_token_per_row():
+    logits = coarse(5, 100, 3)
     with pytest.raises(ValueError, match="5 rows of logits need as many next_tokens, but 4"):
         prompt_logprobs(logits, range(4), 2)

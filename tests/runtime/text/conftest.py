@@ -16,7 +16,9 @@ CORPUS = [
     "def main():\n    print('hello')\n    return 0\n\nif x < 3 and y > 4: pass",
     "Zażółć gęślą jaźń. Привет, мир! 日本語のテキスト。 naïve café déjà vu",
 ] * 3
-GPT_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT_SPLIT = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _train(lib: tokenizers.Tokenizer, vocab_size: int, special: list[str], alphabet: list[str]) -> None:
@@ -81,7 +83,7 @@ def _sentencepiece_model() -> tokenizers.Tokenizer:
     merges = spec["model"]["merges"]
     kept = [merge for merge in merges if not any(char in rare for part in merge for char in part)]
     used = {"".join(merge) for merge in kept}
-    vocab = [t for t in spec["model"]["vocab"] if len(t) == 1 and t not in rare or t in used or t in special]
+    vocab = [t for t in spec["model"]["vocab"] if (len(t) == 1 and t not in rare) or t in used or t in special]
     spec["model"] |= {"merges": kept, "vocab": {token: index for index, token in enumerate(vocab)}}
     lib = tokenizers.Tokenizer.from_str(json.dumps(spec))
     bos = lib.token_to_id("<s>")

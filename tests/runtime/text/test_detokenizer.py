@@ -1,14 +1,17 @@
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from millrace.runtime.text.decoding import ByteLevelDecoder
 from millrace.runtime.text.detokenizer import Detokenizer
 from millrace.runtime.text.tokenizer import Tokenizer
 
 TABLE_STYLES = ["qwen", "llama3", "llama", "mistral", "metaspace"]
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
 
 
 def stream(tokenizer: Tokenizer, tail: Sequence[int], parts: Iterable[Sequence[int]], skip: bool) -> list[str]:
@@ -16,19 +19,23 @@ def stream(tokenizer: Tokenizer, tail: Sequence[int], parts: Iterable[Sequence[i
     return [*(detokenizer.push(part) for part in parts), detokenizer.finish()]
 
 
+@functools.cache
+def pools(tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids that are hard to decode: bytes that form no character alone, spaces, control tokens."""
+    raw = [index for index, text in enumerate(tokenizer.table(False).text) if text is None]
+    spaces = [index for index in range(tokenizer.vocab_size) if tokenizer.token_text(index).strip() == ""]
+    return [pool for pool in (raw, spaces, sorted(tokenizer.control_ids)) if pool]
+
+
 def draw_ids(data: st.DataObject, tokenizer: Tokenizer, max_size: int = 24) -> list[int]:
-    """Random ids, of which bytes that form no character, spaces, special tokens and unknown ids are frequent."""
-    size = tokenizer.vocab_size
-    raw = [index for index in range(size) if tokenizer.table(False).text[index] is None]
-    spaces = [index for index in range(size) if tokenizer.token_text(index).strip() == ""]
-    usual = st.integers(0, size + 3)
-    rare = [st.sampled_from(pool) for pool in (raw, spaces, sorted(tokenizer.control_ids)) if pool]
-    return data.draw(st.lists(st.one_of(usual, *rare), max_size=max_size))
+    """Random ids, some of them beyond the vocabulary."""
+    usual = st.integers(0, tokenizer.vocab_size + 3)
+    return data.draw(st.lists(st.one_of(usual, *map(st.sampled_from, pools(tokenizer))), max_size=max_size))
 
 
 def cut(ids: list[int], borders: set[int]) -> list[list[int]]:
     ends = [0, *sorted(border for border in borders if border < len(ids)), len(ids)]
-    return [ids[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("style", TABLE_STYLES)
@@ -54,8 +61,10 @@ def test_goes_on_where_the_prompt_ends(
     tail, ids = draw_ids(data, tokenizer, 8), draw_ids(data, tokenizer)
     prompt, whole = tokenizer.decode(tail, skip), tokenizer.decode([*tail, *ids], skip)
     out = "".join(stream(tokenizer, tail, [[index] for index in ids], skip))
+    # A prompt whose only text was a stripped space, in bytes: nothing of it shows until the run is spoiled.
+    hidden = not prompt and any(index in pools(tokenizer)[0] for index in tail) and "\ufffd" in whole
     if "\ufffd" not in prompt:
-        if whole.startswith(prompt):
+        if whole.startswith(prompt) and not hidden:
             assert out == whole[len(prompt) :]
         else:  # bytes of the output spoil a run that the prompt began, and what was told cannot be told anew
             assert "\ufffd" in out and "\ufffd" in whole
@@ -71,10 +80,12 @@ def test_text_that_the_prompt_began(style: str, loaded: dict[str, Tokenizer], te
     ids = tokenizer.encode(text, add_special_tokens=False)
     tail, rest = ids[:at], ids[at:]
     out = stream(tokenizer, tail, [[index] for index in rest], True)
-    told = tokenizer.decode(tail).rstrip("\ufffd")  # less the character that is cut
-    if not tail or tokenizer.decode(ids).startswith(told) and not tokenizer.decode(tail).endswith("\ufffd\ufffd\ufffd\ufffd"):
-        assert told + "".join(out) == tokenizer.decode(ids)
-    assert "\ufffd" not in "".join(out)
+    whole, told = tokenizer.decode(ids), "".join(out)
+    assert "\ufffd" not in told
+    assert whole.endswith(told)
+    prompt = tokenizer.decode(tail)
+    if "\ufffd" not in prompt or isinstance(tokenizer.decoder_plan, ByteLevelDecoder):
+        assert prompt.rstrip("\ufffd") + told == whole
 
 
 @pytest.mark.parametrize("style", TABLE_STYLES)

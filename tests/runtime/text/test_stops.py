@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def test_equals_a_search_of_the_whole_text(text: str, stops: list[str], include:
     else:
         end, stop = found
         expected = (text[:end] if include else text[: end - len(stop)], stop)
-    parts = [text[start:end] for start, end in zip(borders, borders[1:], strict=False)]
+    parts = [text[start:end] for start, end in itertools.pairwise(borders)]
     for cut in (parts, list(text), [text]):
         assert feed(StopMatcher(stops, include), cut) == expected
 

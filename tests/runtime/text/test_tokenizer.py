@@ -162,7 +162,7 @@ def test_wrong_id_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "qwen.tiktoken"])
 def test_other_formats_are_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=f"{name}.*convert it once"):
@@ -177,6 +177,23 @@ def test_broken_files_are_named(tmp_path: Path, folders: dict[str, Path]) -> Non
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(CheckpointError, match="cannot be read"):
         Tokenizer.load(tmp_path)
+
+
+def test_text_that_is_no_unicode_is_refused(loaded: dict[str, Tokenizer]) -> None:
+    for text in ("\ud800", "a\udfff<|im_end|>"):
+        with pytest.raises(InvalidRequestError, match="surrogate"):
+            loaded["qwen"].encode(text)
+
+
+def test_many_control_tokens_cost_no_time_per_character() -> None:
+    lib = tokenizers.Tokenizer(models.BPE())
+    lib.add_special_tokens([f"<unused{number}>" for number in range(6000)])
+    tokenizer = Tokenizer(lib)
+    pattern = tokenizer.control_pattern
+    assert all(pattern.fullmatch(content) for content in tokenizer.control_tokens.values())
+    assert pattern.search("<unused6000>") is None
+    assert not tokenizer.contains_control("<unused" * 100_000)
+    assert tokenizer.ends_inside_control("<unused" * 100_000)
 
 
 def _copy(source: Path, target: Path, **config: object) -> None:

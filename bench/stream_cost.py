@@ -1,0 +1,126 @@
+"""What a streamed token costs the server: CPU time of one process over an engine that costs nothing.
+
+    python bench/stream_cost.py [--streams 64] [--tokens 2000]
+
+A step gives each stream one token, as a decode step does; its mailbox pushes and the notification are counted too,
+because a server cannot stream without them. The client is another process, which reads raw bytes and parses nothing.
+The figure is the server process's CPU time (user and system) between the first and the last step, divided by the tokens.
+"""
+
+import argparse
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from millrace.runtime.config import load_config
+from millrace.runtime.handle import RequestHandle
+from millrace.runtime.mailbox import Mailbox
+from millrace.runtime.types import FinishReason
+from millrace.server.app import start_server
+
+
+class Engine:
+    """A runtime that only streams: every step pushes one token to each open request."""
+
+    def __init__(self, streams: int, tokens: int) -> None:
+        self.config = load_config()
+        self.model_name = "cost"
+        self.max_model_len = 1 << 20
+        self.created = 0
+        self.tokenizer: Any = None
+        self.registry = CollectorRegistry()
+        self._mailboxes: list[Mailbox] = []
+        self._streams = streams
+        self._tokens = tokens
+        self.result: asyncio.Future[tuple[float, float]] = asyncio.get_running_loop().create_future()
+
+    def submit(self, prompt: object, sampling: object = None, **options: object) -> RequestHandle:
+        mailbox = Mailbox(1, 1 << 30)
+        mailbox.prompt_token_ids = (1,)
+        self._mailboxes.append(mailbox)
+        if len(self._mailboxes) == self._streams:
+            asyncio.get_running_loop().create_task(self._run())
+        return RequestHandle(len(self._mailboxes), "r", self.model_name, 1, mailbox, lambda: None)
+
+    def health(self) -> Any:
+        return SimpleNamespace(state="ready", progressing=True, reason="", running=0, waiting=0, seconds_since_progress=0)
+
+    async def drain(self, timeout: float) -> bool:
+        return True
+
+    async def _run(self) -> None:
+        self._step(0)
+        await asyncio.sleep(0.5)  # all heads are out before the measurement begins
+        cpu, wall = time.process_time(), time.perf_counter()
+        for step in range(1, self._tokens):
+            self._step(step)
+            await asyncio.sleep(0)
+        self.result.set_result((time.process_time() - cpu, time.perf_counter() - wall))
+        for mailbox in self._mailboxes:
+            mailbox.finish(0, "", FinishReason.LENGTH)
+            mailbox.notify()
+
+    def _step(self, step: int) -> None:
+        for mailbox in self._mailboxes:
+            mailbox.push(0, " token", step)
+            mailbox.notify()
+
+
+CLIENT = """
+import selectors, socket, sys
+port, streams = int(sys.argv[1]), int(sys.argv[2])
+body = b'{"messages":[{"role":"user","content":"hi"}],"stream":true}'
+head = b"POST /v1/chat/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body)
+select = selectors.DefaultSelector()
+for _ in range(streams):
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.sendall(head + body)
+    select.register(sock, selectors.EVENT_READ)
+while streams:
+    for key, _ in select.select():
+        data = key.fileobj.recv(1 << 18)
+        if not data or data.endswith(b"0\\r\\n\\r\\n"):
+            select.unregister(key.fileobj)
+            key.fileobj.close()
+            streams -= 1
+"""
+
+
+async def measure(streams: int, tokens: int) -> dict[str, float]:
+    engine = Engine(streams, tokens)
+    server = await start_server(engine, "127.0.0.1", 0, page=False)
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, str(server.port), str(streams)])
+    try:
+        cpu, wall = await engine.result
+        await asyncio.get_running_loop().run_in_executor(None, client.wait)
+    finally:
+        client.kill()
+        await server.close()
+    count = streams * (tokens - 1)
+    return {
+        "streams": streams,
+        "tokens": count,
+        "us_cpu_per_token": round(cpu / count * 1e6, 2),
+        "tokens_per_second": round(count / wall),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--tokens", type=int, default=2000, help="per stream")
+    args = parser.parse_args()
+    for streams in args.streams:
+        print(json.dumps(uvloop.run(measure(streams, args.tokens))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+// Causal attention over the block pool, for any mix of decode and prefill sequences.
+//
+// Keys are taken in segments of SEGMENT positions, counted from position 0. Each segment gets its own softmax maximum,
+// sum and weighted values, and segments are merged in order of position. A query's result therefore has the same bits
+// however its sequence was cut into chunks, batched, or shared among threads. Only slots inside the context are read.
+
+#include "common.h"
+
+#include <vector>
+
+namespace {
+
+constexpr int BLOCK_SIZE = 16;    // slots per KV block
+constexpr int SEGMENT = 128;      // positions
+constexpr int SEGMENT_BLOCKS = SEGMENT / BLOCK_SIZE;
+constexpr int MAX_DIM = 256;
+constexpr int TILE_ROWS = 96;     // query rows (tokens x heads that share a kv head) per task
+constexpr int ROWS = VL == 16 ? 6 : 3;  // rows of a register tile: ROWS x 4 accumulators
+constexpr float LOWEST = -1e30f;  // stands for minus infinity: differences of it stay finite
+
+struct Problem {
+    const float* q;       // [num_tokens][num_heads][dim]
+    const float* k_cache; // [num_blocks][num_kv_heads][BLOCK_SIZE][dim]
+    const float* v_cache; // as k_cache
+    const int32_t* query_starts;  // [num_seqs + 1]
+    const int32_t* context_lens;  // [num_seqs]
+    const int32_t* block_tables;  // [num_seqs][max_blocks]
+    float* out;           // [num_tokens][num_heads][dim]
+    long num_seqs, max_blocks, num_heads, num_kv_heads, dim, window;  // window 0: all keys are seen
+    float scale;
+    long group() const { return num_heads / num_kv_heads; }
+    long tile_tokens() const { return most(1, TILE_ROWS / group()); }
+};
+
+// Query tokens [first, first + count) of a sequence, for one kv head; positions are in the sequence.
+struct Task {
+    long seq, kv_head, token, position, count;
+    long first_key, last_key;  // what any of its rows may see: [first_key, last_key)
+};
+
+// c[R][NV * VL] (+)= a[R][k] b[k][NV * VL], with b in pieces of `piece` rows.
+template <int R, int NV>
+void product(const float* a, long a_stride, const float* const* b, long pieces, long piece, long b_stride, long k,
+             float* c, long c_stride) {
+    vf sum[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) sum[r][v] = vf{};
+    for (long part = 0; part < pieces; part++) {
+        const float* rows = b[part];
+        long count = least(piece, k - part * piece);
+        for (long i = 0; i < count; i++) {
+            vf weights[NV];
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; v++) weights[v] = load(rows + i * b_stride + v * VL);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                vf x = splat(a[r * a_stride + part * piece + i]);
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; v++) sum[r][v] += x * weights[v];
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) store(c + r * c_stride + v * VL, sum[r][v]);
+}
+
+template <int R>
+void product_columns(const float* a, long a_stride, const float* const* b, long pieces, long piece, long b_stride,
+                     long k, float* c, long c_stride, long columns) {
+    const float* shifted[SEGMENT_BLOCKS];
+    for (long column = 0; column < columns;) {
+        for (long part = 0; part < pieces; part++) shifted[part] = b[part] + column;
+        long left = (columns - column) / VL;
+        float* to = c + column;
+        if (left >= 4) {
+            product<R, 4>(a, a_stride, shifted, pieces, piece, b_stride, k, to, c_stride);
+            column += 4 * VL;
+        } else if (left >= 2) {
+            product<R, 2>(a, a_stride, shifted, pieces, piece, b_stride, k, to, c_stride);
+            column += 2 * VL;
+        } else {
+            product<R, 1>(a, a_stride, shifted, pieces, piece, b_stride, k, to, c_stride);
+            column += VL;
+        }
+    }
+}
+
+void product_rows(long rows, const float* a, long a_stride, const float* const* b, long pieces, long piece,
+                  long b_stride, long k, float* c, long c_stride, long columns) {
+    switch (rows) {
+        case 1: return product_columns<1>(a, a_stride, b, pieces, piece, b_stride, k, c, c_stride, columns);
+        case 2: return product_columns<2>(a, a_stride, b, pieces, piece, b_stride, k, c, c_stride, columns);
+        case 3: return product_columns<3>(a, a_stride, b, pieces, piece, b_stride, k, c, c_stride, columns);
+        case 4: return product_columns<4>(a, a_stride, b, pieces, piece, b_stride, k, c, c_stride, columns);
+        case 5: return product_columns<5>(a, a_stride, b, pieces, piece, b_stride, k, c, c_stride, columns);
+        default: return product_columns<6>(a, a_stride, b, pieces, piece, b_stride, k, c, c_stride, columns);
+    }
+}
+
+// Interleaves the first or the second halves of two vectors: a0 b0 a1 b1 ...
+#if defined(__AVX512F__)
+INLINE vf low_halves(vf a, vf b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE vf high_halves(vf a, vf b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX2__)
+INLINE vf low_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+INLINE vf high_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+INLINE vf low_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+INLINE vf high_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// VL rows of VL floats -> VL columns: log2(VL) rounds of interleaving row i with row i + VL / 2.
+INLINE void transpose(const float* const* rows, long offset, float* to, long to_stride) {
+    vf now[VL], then[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) now[i] = load(rows[i] + offset);
+#pragma GCC unroll 4
+    for (int round = 1; round < VL; round *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL / 2; i++) {
+            then[2 * i] = low_halves(now[i], now[i + VL / 2]);
+            then[2 * i + 1] = high_halves(now[i], now[i + VL / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) now[i] = then[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) store(to + i * to_stride, now[i]);
+}
+
+// Per-thread working space.
+struct Space {
+    alignas(64) float keys[MAX_DIM * SEGMENT];     // [dim][SEGMENT]: the segment's keys, transposed
+    alignas(64) float scores[ROWS * SEGMENT];
+    alignas(64) float values[ROWS * MAX_DIM];
+    alignas(64) float zeros[MAX_DIM];
+    Scratch query, state;                          // [rows][dim] scaled queries; [rows][dim + 2] running results
+};
+
+Space& own_space() {
+    static thread_local Space space;  // zeroed, and `zeros` stays so
+    return space;
+}
+
+// Rows of a task: row r is token r / group, head kv_head * group + r % group.
+void gather_queries(const Problem& p, const Task& task, float* to) {
+    long group = p.group();
+    for (long r = 0; r < task.count * group; r++) {
+        const float* from = p.q + ((task.token + r / group) * p.num_heads + task.kv_head * group + r % group) * p.dim;
+        for (long i = 0; i < p.dim; i++) to[r * p.dim + i] = from[i] * p.scale;
+    }
+}
+
+// Joins a segment's (maximum, sum, values) of one row to the running ones, to = [maximum, sum, values[dim]].
+void merge_row(float* to, float maximum, float sum, const float* values, long dim) {
+    const float top = to[0] > maximum ? to[0] : maximum;
+    const vf old_scale = vexp(splat(to[0] - top)), new_scale = vexp(splat(maximum - top));
+    to[0] = top;
+    to[1] = to[1] * old_scale[0] + sum * new_scale[0];
+    for (long i = 0; i < dim; i += VL) store(to + 2 + i, load(to + 2 + i) * old_scale + load(values + i) * new_scale);
+}
+
+// One segment against all rows of a task, joined to the running (maximum, sum, values[dim]) of each row in `state`.
+void attend_segment(const Problem& p, const Task& task, long segment, const float* query, float* state, Space& space) {
+    const long dim = p.dim, group = p.group(), rows = task.count * group, stride = dim + 2;
+    const long begin = most(segment * SEGMENT, task.first_key / BLOCK_SIZE * BLOCK_SIZE);
+    const long end = least((segment + 1) * SEGMENT, task.last_key);
+    const long pieces = ceil_div(end - begin, BLOCK_SIZE), keys = end - begin;
+    const int32_t* table = p.block_tables + task.seq * p.max_blocks + begin / BLOCK_SIZE;
+    const float *key_blocks[SEGMENT_BLOCKS], *value_blocks[SEGMENT_BLOCKS];
+    for (long i = 0; i < pieces; i++) {
+        long offset = ((long)table[i] * p.num_kv_heads + task.kv_head) * BLOCK_SIZE * dim;
+        key_blocks[i] = p.k_cache + offset;
+        value_blocks[i] = p.v_cache + offset;
+    }
+    for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
+        const float* lines[VL];
+        for (int i = 0; i < VL; i++)
+            lines[i] = key + i < keys ? key_blocks[(key + i) / BLOCK_SIZE] + (key + i) % BLOCK_SIZE * dim : space.zeros;
+        for (long d = 0; d < dim; d += VL) transpose(lines, d, space.keys + d * SEGMENT + key, SEGMENT);
+    }
+    const float* transposed[1] = {space.keys};
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+
+    const long step = ceil_div(rows, ceil_div(rows, ROWS));
+    for (long r0 = 0; r0 < rows; r0 += step) {
+        const long height = least(step, rows - r0);
+        product_rows(height, query + r0 * dim, dim, transposed, 1, dim, SEGMENT, dim, space.scores, SEGMENT,
+                     pieces * BLOCK_SIZE);
+        float maxima[ROWS], sums[ROWS];
+        for (long r = 0; r < height; r++) {
+            float* scores = space.scores + r * SEGMENT;
+            const long position = task.position + (r0 + r) / group;
+            const int32_t stop = (int32_t)(least(end, position + 1) - begin);
+            const int32_t start = (int32_t)(p.window ? most(0, position - p.window + 1 - begin) : 0);
+            vf top = splat(LOWEST);
+            for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
+                vi index = lane + (int32_t)key;
+                vf x = load(scores + key);
+                x = ((index >= start) & (index < stop)) ? x : splat(LOWEST);
+                store(scores + key, x);
+                top = vmax(top, x);
+            }
+            maxima[r] = hmax(top);
+            vf sum{}, shift = splat(maxima[r]);
+            for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
+                vi index = lane + (int32_t)key;
+                vf weight = vexp(load(scores + key) - shift);
+                weight = ((index >= start) & (index < stop)) ? weight : vf{};
+                store(scores + key, weight);
+                sum += weight;
+            }
+            sums[r] = hsum(sum);
+        }
+        product_rows(height, space.scores, SEGMENT, value_blocks, pieces, BLOCK_SIZE, dim, keys, space.values, dim,
+                     dim);
+        for (long r = 0; r < height; r++)
+            merge_row(state + (r0 + r) * stride, maxima[r], sums[r], space.values + r * dim, dim);
+    }
+}
+
+void clear_state(float* state, long rows, long stride) {
+    for (long r = 0; r < rows; r++) {
+        memset(state + r * stride, 0, stride * sizeof(float));
+        state[r * stride] = LOWEST;
+    }
+}
+
+void write_result(const Problem& p, const Task& task, const float* state) {
+    const long group = p.group(), stride = p.dim + 2;
+    for (long r = 0; r < task.count * group; r++) {
+        const float* from = state + r * stride;
+        float* to = p.out + ((task.token + r / group) * p.num_heads + task.kv_head * group + r % group) * p.dim;
+        const vf inverse = splat(1.0f / from[1]);
+        for (long i = 0; i < p.dim; i += VL) store(to + i, load(from + 2 + i) * inverse);
+    }
+}
+
+std::vector<Task> plan(const Problem& p) {
+    std::vector<Task> tasks;
+    const long tile = p.tile_tokens();
+    for (long seq = 0; seq < p.num_seqs; seq++) {
+        const long count = p.query_starts[seq + 1] - p.query_starts[seq], base = p.context_lens[seq] - count;
+        for (long first = 0; first < count; first += tile) {
+            const long size = least(tile, count - first), position = base + first;
+            const long first_key = p.window ? most(0, position - p.window + 1) : 0;
+            for (long head = 0; head < p.num_kv_heads; head++)
+                tasks.push_back({seq, head, p.query_starts[seq] + first, position, size, first_key, position + size});
+        }
+    }
+    return tasks;
+}
+
+long first_segment(const Task& task) { return task.first_key / SEGMENT; }
+long end_segment(const Task& task) { return ceil_div(task.last_key, SEGMENT); }
+
+void run_task(const Problem& p, const Task& task, Space& space) {
+    const long rows = task.count * p.group();
+    float* query = space.query.get(rows * p.dim);
+    float* state = space.state.get(rows * (p.dim + 2));
+    gather_queries(p, task, query);
+    clear_state(state, rows, p.dim + 2);
+    for (long segment = first_segment(task); segment < end_segment(task); segment++)
+        attend_segment(p, task, segment, query, state, space);
+    write_result(p, task, state);
+}
+
+// Too few tasks to keep the threads busy: every (task, segment) is computed apart, and the segments are merged after.
+void run_split(const Problem& p, const std::vector<Task>& tasks, int threads) {
+    static thread_local Scratch partial_scratch;
+    struct Unit {
+        long task, segment, offset;
+    };
+    std::vector<Unit> units;
+    long size = 0;
+    const long stride = p.dim + 2;
+    for (size_t i = 0; i < tasks.size(); i++)
+        for (long segment = first_segment(tasks[i]); segment < end_segment(tasks[i]); segment++) {
+            units.push_back({(long)i, segment, size});
+            size += tasks[i].count * p.group() * stride;
+        }
+    float* partial = partial_scratch.get(size);
+    std::atomic<long> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+        Space& space = own_space();
+        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)units.size();) {
+            const Task& task = tasks[units[i].task];
+            const long rows = task.count * p.group();
+            float* query = space.query.get(rows * p.dim);
+            gather_queries(p, task, query);
+            clear_state(partial + units[i].offset, rows, stride);
+            attend_segment(p, task, units[i].segment, query, partial + units[i].offset, space);
+        }
+    }
+    for (size_t i = 0, unit = 0; i < tasks.size(); i++) {
+        const long rows = tasks[i].count * p.group();
+        float* state = own_space().state.get(rows * stride);
+        clear_state(state, rows, stride);
+        for (; unit < units.size() && units[unit].task == (long)i; unit++)
+            for (long r = 0; r < rows; r++) {
+                const float* part = partial + units[unit].offset + r * stride;
+                merge_row(state + r * stride, part[0], part[1], part + 2, p.dim);
+            }
+        write_result(p, tasks[i], state);
+    }
+}
+
+}  // namespace
+
+EXPORT long mr_attention_max_dim() { return MAX_DIM; }
+EXPORT long mr_attention_dim_step() { return VL; }
+
+// Returns 0, or 1 + the sequence whose block table names a block that the pool does not have.
+EXPORT long mr_attention(const float* q, const float* k_cache, const float* v_cache, const int32_t* query_starts,
+                         const int32_t* context_lens, const int32_t* block_tables, float* out, long num_seqs,
+                         long max_blocks, long num_blocks, long num_heads, long num_kv_heads, long dim, long window,
+                         float scale, int threads) {
+    Problem p{q,        k_cache,    v_cache,   query_starts, context_lens, block_tables, out,
+              num_seqs, max_blocks, num_heads, num_kv_heads, dim,          window,       scale};
+    std::vector<Task> tasks = plan(p);
+    for (const Task& task : tasks)
+        for (long i = task.first_key / BLOCK_SIZE; task.kv_head == 0 && i < ceil_div(task.last_key, BLOCK_SIZE); i++) {
+            const int32_t block = block_tables[task.seq * max_blocks + i];
+            if (block < 0 || block >= num_blocks) return task.seq + 1;
+        }
+    long longest = 0, total = 0;
+    for (const Task& task : tasks) {
+        const long work = (end_segment(task) - first_segment(task)) * task.count;
+        longest = most(longest, work);
+        total += work;
+    }
+    if (longest * threads > total + total / 2) {
+        run_split(p, tasks, threads);
+        return 0;
+    }
+    std::atomic<long> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+        Space& space = own_space();
+        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)tasks.size();)
+            run_task(p, tasks[i], space);
+    }
+    return 0;
+}

@@ -1,0 +1,169 @@
+// Norms, activations, rotary embedding and KV writes: one pass over memory each, rows shared among threads when there
+// is enough to share. A row's result depends on that row alone.
+
+#include "common.h"
+
+#include <cmath>
+
+namespace {
+
+constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this a thread team costs more than it saves
+
+INLINE int team(long elements, int threads) { return elements < PARALLEL_ELEMENTS ? 1 : threads; }
+
+// Rows whose length is no multiple of VL end in a partial vector, which goes through a buffer.
+INLINE vf load_part(const float* p, long count) {
+    float lanes[VL] = {};
+    memcpy(lanes, p, count * sizeof(float));
+    return load(lanes);
+}
+INLINE void store_part(float* p, vf v, long count) {
+    float lanes[VL];
+    store(lanes, v);
+    memcpy(p, lanes, count * sizeof(float));
+}
+
+// f(offset, count) for each vector of a row; count is VL but for the last.
+template <class F>
+INLINE void each_vector(long width, F f) {
+    long i = 0;
+    for (; i + VL <= width; i += VL) f(i, (long)VL);
+    if (i < width) f(i, width - i);
+}
+INLINE vf take(const float* p, long count) { return count == VL ? load(p) : load_part(p, count); }
+INLINE void put(float* p, vf v, long count) {
+    if (count == VL)
+        store(p, v);
+    else
+        store_part(p, v, count);
+}
+
+// 1 / (1 + exp(-x))
+INLINE vf logistic(vf x) { return 1.0f / (1.0f + vexp(-x)); }
+
+}  // namespace
+
+// y = x / rms(x) * weight. With a residual, x + residual is written there first and takes the place of x.
+EXPORT void mr_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long width, float eps,
+                        int threads) {
+#pragma omp parallel for num_threads(team(rows* width, threads)) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float* from = x + row * width;
+        if (residual) {
+            float* sum = residual + row * width;
+            each_vector(width, [&](long i, long n) { put(sum + i, take(from + i, n) + take(sum + i, n), n); });
+            from = sum;
+        }
+        vf squares{};
+        each_vector(width, [&](long i, long n) {
+            vf v = take(from + i, n);
+            squares += v * v;
+        });
+        const vf scale = splat(1.0f / sqrtf(hsum(squares) / width + eps));
+        float* to = y + row * width;
+        each_vector(width, [&](long i, long n) { put(to + i, take(from + i, n) * scale * take(weight + i, n), n); });
+    }
+}
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias (bias may be null); the residual as in mr_rms_norm.
+EXPORT void mr_layer_norm(const float* x, float* residual, const float* weight, const float* bias, float* y, long rows,
+                          long width, float eps, int threads) {
+#pragma omp parallel for num_threads(team(rows* width, threads)) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float* from = x + row * width;
+        if (residual) {
+            float* sum = residual + row * width;
+            each_vector(width, [&](long i, long n) { put(sum + i, take(from + i, n) + take(sum + i, n), n); });
+            from = sum;
+        }
+        vf total{};
+        each_vector(width, [&](long i, long n) { total += take(from + i, n); });
+        const float mean = hsum(total) / width;
+        vf squares{};
+        float lanes[VL];
+        each_vector(width, [&](long i, long n) {
+            vf v = take(from + i, n) - mean;
+            if (n < VL) {  // lanes past the end are not part of the row
+                store(lanes, v);
+                for (long j = n; j < VL; j++) lanes[j] = 0.0f;
+                v = load(lanes);
+            }
+            squares += v * v;
+        });
+        const vf scale = splat(1.0f / sqrtf(hsum(squares) / width + eps));
+        float* to = y + row * width;
+        each_vector(width, [&](long i, long n) {
+            vf v = (take(from + i, n) - mean) * scale * take(weight + i, n);
+            put(to + i, bias ? v + take(bias + i, n) : v, n);
+        });
+    }
+}
+
+// gate_up [rows][2 * width] -> y [rows][width]
+EXPORT void mr_silu_mul(const float* gate_up, float* y, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(team(rows* width, threads)) schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float *gate = gate_up + row * 2 * width, *up = gate + width;
+        float* to = y + row * width;
+        each_vector(width, [&](long i, long n) {
+            vf g = take(gate + i, n);
+            put(to + i, g * logistic(g) * take(up + i, n), n);
+        });
+    }
+}
+
+// tanh(u) = 2 logistic(2u) - 1, so x/2 (1 + tanh(u)) = x logistic(2u)
+EXPORT void mr_gelu_tanh(const float* x, float* y, long count, int threads) {
+    const long chunk = 1024, chunks = ceil_div(count, chunk);
+#pragma omp parallel for num_threads(team(count, threads)) schedule(static)
+    for (long c = 0; c < chunks; c++) {
+        const long begin = c * chunk;
+        each_vector(least(chunk, count - begin), [&](long i, long n) {
+            vf v = take(x + begin + i, n);
+            put(y + begin + i, v * logistic(1.5957691216f * (v + 0.044715f * v * v * v)), n);
+        });
+    }
+}
+
+namespace {
+
+INLINE void rotate(float* head, const float* cos, const float* sin, long half) {
+    each_vector(half, [&](long i, long n) {
+        vf low = take(head + i, n), high = take(head + half + i, n), c = take(cos + i, n), s = take(sin + i, n);
+        put(head + i, low * c - high * s, n);
+        put(head + half + i, high * c + low * s, n);
+    });
+}
+
+}  // namespace
+
+// x [tokens][heads][dim] in place; cos_sin [positions][rotary_dim]. Returns 0, or 1 + the token with a bad position.
+EXPORT long mr_rope(float* q, float* k, const float* cos_sin, const int64_t* positions, long tokens, long q_heads,
+                    long k_heads, long dim, long rotary_dim, long max_positions, int threads) {
+    for (long t = 0; t < tokens; t++)
+        if (positions[t] < 0 || positions[t] >= max_positions) return t + 1;
+#pragma omp parallel for num_threads(team(tokens*(q_heads + k_heads) * dim, threads)) schedule(static)
+    for (long t = 0; t < tokens; t++) {
+        const float *cos = cos_sin + positions[t] * rotary_dim, *sin = cos + rotary_dim / 2;
+        for (long h = 0; h < q_heads; h++) rotate(q + (t * q_heads + h) * dim, cos, sin, rotary_dim / 2);
+        for (long h = 0; h < k_heads; h++) rotate(k + (t * k_heads + h) * dim, cos, sin, rotary_dim / 2);
+    }
+    return 0;
+}
+
+// k, v [tokens][heads][dim] -> caches [blocks][heads][16][dim]. Returns 0, or 1 + the token with a bad slot.
+EXPORT long mr_write_kv(const float* k, const float* v, float* k_cache, float* v_cache, const int64_t* slots,
+                        long tokens, long heads, long dim, long num_blocks) {
+    constexpr long BLOCK_SIZE = 16;
+    for (long t = 0; t < tokens; t++)
+        if (slots[t] < 0 || slots[t] >= num_blocks * BLOCK_SIZE) return t + 1;
+    for (long t = 0; t < tokens; t++) {
+        const long block = slots[t] / BLOCK_SIZE, offset = slots[t] % BLOCK_SIZE;
+        for (long h = 0; h < heads; h++) {
+            const long to = ((block * heads + h) * BLOCK_SIZE + offset) * dim, from = (t * heads + h) * dim;
+            memcpy(k_cache + to, k + from, dim * sizeof(float));
+            memcpy(v_cache + to, v + from, dim * sizeof(float));
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,204 @@
+"""The ops in the C++ library that `cpu_build` makes, called through ctypes, which releases the GIL.
+
+Threads are torch's: as many as `torch.get_num_threads()`, out of the same OpenMP pool.
+Batch invariance: a token's result has the same bits whatever else is in the batch, however its prompt was cut into
+chunks, and for any number of threads (linear: one chain of multiply-adds over `in_features` per output; attention:
+fixed segments of positions, merged in order; the rest works row by row).
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.arguments import (
+    ActivationArgs,
+    AttentionArgs,
+    Backend,
+    NormArgs,
+    PackArgs,
+    PackedLinear,
+    Refusal,
+    RopeArgs,
+    WriteKvArgs,
+)
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "mr_panel_width": ([], _L),
+    "mr_pack": ([_P, _I, _P, _L, _L, _I], None),
+    "mr_linear": ([_P, _P, _I, _P, _P, _L, _L, _L, _I], None),
+    "mr_unpack_rows": ([_P, _I, _P, _P, _L, _L, _L], _L),
+    "mr_rms_norm": ([_P, _P, _P, _P, _L, _L, _F, _I], None),
+    "mr_layer_norm": ([_P, _P, _P, _P, _P, _L, _L, _F, _I], None),
+    "mr_silu_mul": ([_P, _P, _L, _L, _I], None),
+    "mr_gelu_tanh": ([_P, _P, _L, _I], None),
+    "mr_rope": ([_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _I], _L),
+    "mr_write_kv": ([_P, _P, _P, _P, _P, _L, _L, _L, _L], _L),
+    "mr_attention": ([_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
+    "mr_attention_max_dim": ([], _L),
+    "mr_attention_dim_step": ([], _L),
+}
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Opens the library and declares its functions.
+
+    Raises:
+        OSError: it cannot be loaded.
+        AttributeError: it lacks a function.
+    """
+    library = ctypes.CDLL(str(path))
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+class CpuLinear(PackedLinear):
+    """A weight copied into panels of `mr_panel_width` output features (see linear.cpp); the original is not kept."""
+
+    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+        self._library = library
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._is_bf16 = int(weight.dtype == torch.bfloat16)
+        width = library.mr_panel_width()
+        padded = -(-self.out_features // width) * width
+        self._packed = torch.empty(padded * self.in_features, dtype=weight.dtype)
+        self._bias = torch.zeros(padded)
+        if bias is not None:
+            self._bias[: self.out_features] = bias
+        library.mr_pack(
+            weight.data_ptr(), self._is_bf16, self._packed.data_ptr(), self.out_features, self.in_features,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        self.weight_bytes = self._packed.nbytes + self._bias.nbytes
+
+    def apply(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        y = torch.empty(rows, self.out_features)
+        self._library.mr_linear(
+            x.data_ptr(), self._packed.data_ptr(), self._is_bf16, self._bias.data_ptr(), y.data_ptr(), rows,
+            self.out_features, self.in_features, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def row_lookup(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.contiguous()
+        y = torch.empty(tokens.shape[0], self.in_features)
+        bad = self._library.mr_unpack_rows(
+            self._packed.data_ptr(), self._is_bf16, tokens.data_ptr(), y.data_ptr(), tokens.shape[0],
+            self.out_features, self.in_features,
+        )  # fmt: skip
+        if bad:
+            raise IndexError(f"row_lookup: token {int(tokens[bad - 1])} is outside the table of {self.out_features}")
+        return y
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._dim_step: int = library.mr_attention_dim_step()
+        self._max_dim: int = library.mr_attention_max_dim()
+
+    def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
+        if not args.weight.is_cpu:
+            return _elsewhere(args.weight)
+        return CpuLinear(self._library, args.weight, args.bias)
+
+    def rms_norm(self, args: NormArgs) -> Tensor | Refusal:
+        x, residual = args.x, args.residual
+        if not x.is_cpu:
+            return _elsewhere(x)
+        weight = args.weight.float()
+        width = x.shape[-1]
+        y = torch.empty_like(x)
+        self._library.mr_rms_norm(
+            x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(), y.data_ptr(),
+            x.numel() // width if width else 0, width, args.eps, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def layer_norm(self, args: NormArgs) -> Tensor | Refusal:
+        x, residual = args.x, args.residual
+        if not x.is_cpu:
+            return _elsewhere(x)
+        weight, bias = args.weight.float(), None if args.bias is None else args.bias.float()
+        width = x.shape[-1]
+        y = torch.empty_like(x)
+        self._library.mr_layer_norm(
+            x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // width if width else 0, width,
+            args.eps, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def silu_mul(self, args: ActivationArgs) -> Tensor | Refusal:
+        if not args.x.is_cpu:
+            return _elsewhere(args.x)
+        rows, width = args.x.shape[0], args.x.shape[1] // 2
+        y = torch.empty(rows, width)
+        self._library.mr_silu_mul(args.x.data_ptr(), y.data_ptr(), rows, width, torch.get_num_threads())
+        return y
+
+    def gelu_tanh(self, args: ActivationArgs) -> Tensor | Refusal:
+        if not args.x.is_cpu:
+            return _elsewhere(args.x)
+        y = torch.empty_like(args.x)
+        self._library.mr_gelu_tanh(args.x.data_ptr(), y.data_ptr(), args.x.numel(), torch.get_num_threads())
+        return y
+
+    def rope(self, args: RopeArgs) -> Refusal | None:
+        q, k, cos_sin = args.q, args.k, args.cos_sin
+        if not q.is_cpu:
+            return _elsewhere(q)
+        bad = self._library.mr_rope(
+            q.data_ptr(), k.data_ptr(), cos_sin.data_ptr(), args.positions.data_ptr(), q.shape[0], q.shape[1],
+            k.shape[1], q.shape[2], cos_sin.shape[1], cos_sin.shape[0], torch.get_num_threads(),
+        )  # fmt: skip
+        if bad:
+            position = int(args.positions[bad - 1])
+            raise IndexError(f"rope_: position {position} is outside the table of {cos_sin.shape[0]} positions")
+        return None
+
+    def write_kv(self, args: WriteKvArgs) -> Refusal | None:
+        k, cache = args.k, args.k_cache
+        if not k.is_cpu:
+            return _elsewhere(k)
+        bad = self._library.mr_write_kv(
+            k.data_ptr(), args.v.data_ptr(), cache.data_ptr(), args.v_cache.data_ptr(), args.slot_mapping.data_ptr(),
+            k.shape[0], k.shape[1], k.shape[2], cache.shape[0],
+        )  # fmt: skip
+        if bad:
+            slot = int(args.slot_mapping[bad - 1])
+            raise IndexError(f"write_kv: slot {slot} is outside the pool of {cache.shape[0]} blocks")
+        return None
+
+    def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
+        q, cache, batch = args.q, args.k_cache, args.batch
+        if not q.is_cpu:
+            return _elsewhere(q)
+        head_dim = q.shape[2]
+        if head_dim % self._dim_step or head_dim > self._max_dim:
+            return Refusal(f"head_dim {head_dim} is not a multiple of {self._dim_step} up to {self._max_dim}")
+        out = torch.empty_like(q)
+        bad = self._library.mr_attention(
+            q.data_ptr(), cache.data_ptr(), args.v_cache.data_ptr(), batch.query_starts.data_ptr(),
+            batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), out.data_ptr(), batch.num_seqs,
+            batch.block_tables.shape[1], cache.shape[0], q.shape[1], cache.shape[1], head_dim, args.window or 0,
+            args.scale, torch.get_num_threads(),
+        )  # fmt: skip
+        if bad:
+            raise IndexError(
+                f"paged_attention: the block table of sequence {bad - 1} names a block outside the pool of"
+                f" {cache.shape[0]} blocks"
+            )
+        return out
+
+
+def _elsewhere(tensor: Tensor) -> Refusal:
+    return Refusal(f"the tensors are on {tensor.device}, not on the CPU")

@@ -1,0 +1,117 @@
+"""Where a model's files are: the embedded model, a folder, or a repository of the Hugging Face hub."""
+
+import importlib.resources
+import re
+from pathlib import Path
+
+import msgspec
+
+from millrace.runtime.errors import CheckpointError
+
+EMBEDDED = "grist"
+_EMBEDDED_PACKAGE = "millrace.runtime.assets.grist"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Anchored at the top of the repository: some hold the same weights again in other formats and folders.
+_FETCHED = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+class ResolvedModel(msgspec.Struct, frozen=True):
+    """A checkpoint on this machine.
+
+    Attributes:
+        name: what clients call it, unless told otherwise: "grist", the hub id, or the folder's name.
+        path: the folder with config.json, weights and tokenizer.
+    """
+
+    name: str
+    path: Path
+
+
+def resolve_model(model: str | Path | None = None, *, revision: str | None = None) -> ResolvedModel:
+    """Finds the files of a model, and fetches them from the hub where they are not on this machine yet.
+
+    Fetching shows huggingface_hub's progress bars on standard error and obeys its environment variables
+    (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
+
+    Args:
+        model: a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct; None or "" is the embedded model.
+            A folder wins over a hub id of the same name.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: there is no such folder or repository, or it cannot be fetched.
+    """
+    if model is None or model == "" or model == EMBEDDED:
+        return _embedded()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a folder, which has no revision {revision!r}", param="revision")
+        return ResolvedModel(path.resolve().name, path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file: give the folder of a checkpoint in Hugging Face layout", param="model"
+        )
+    name = str(model)
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"there is no folder {name}, and it is not a hub id such as owner/name", param="model")
+    return ResolvedModel(name, _fetch(name, revision))
+
+
+def _embedded() -> ResolvedModel:
+    path = Path(str(importlib.resources.files(_EMBEDDED_PACKAGE)))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"the embedded model {EMBEDDED} is not in this installation ({path} has no config.json): "
+            "install millrace again, or name another model",
+            param="model",
+        )
+    return ResolvedModel(EMBEDDED, path)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    # Imported here because it takes a good part of a second and a local model does not need it.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    at = "" if revision is None else f" at revision {revision}"
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{name} on the hub is gated: accept its terms on the hub, then set HF_TOKEN to a token of that account",
+            param="model",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{name} on the hub has no revision {revision}", param="revision") from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"there is no folder {name}, and no repository of that name on the hub that you may read "
+            "(set HF_TOKEN for a private one)",
+            param="model",
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"there is no folder {name}; as a hub id, {name}{at} is not in the local cache and the hub cannot be "
+            f"reached ({_first_line(error)}). Fetch it while online, or give the folder of a checkpoint",
+            param="model",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}{at} cannot be fetched from the hub: {_first_line(error)}", param="model"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

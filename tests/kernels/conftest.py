@@ -1,0 +1,51 @@
+"""Backends to test: torch, and the C++ library built for this CPU and for narrower vectors."""
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from millrace.kernels.arguments import Backend
+from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.cpu_build import FLAGS, Toolchain, build_library, find_compiler
+from millrace.kernels.torch_backend import TorchBackend
+
+TARGETS = {"native": "native", "avx2": "haswell", "sse2": "x86-64"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernel-cache")
+
+
+def cpu_backend(cache_dir: Path, target: str) -> CpuBackend:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    if target != "native" and platform.machine() != "x86_64":
+        pytest.skip(f"{target} is an x86-64 target")
+    if target == "avx2" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        pytest.skip("this CPU has no AVX2")
+    flags = [flag.replace("native", TARGETS[target]) for flag in FLAGS]
+    return CpuBackend(load_library(build_library(Toolchain(cache_dir=cache_dir, flags=flags))))
+
+
+@pytest.fixture(scope="session", params=["torch", *TARGETS])
+def backend(request: pytest.FixtureRequest, cache_dir: Path) -> Backend:
+    return TorchBackend() if request.param == "torch" else cpu_backend(cache_dir, request.param)
+
+
+@pytest.fixture(scope="session", params=list(TARGETS))
+def compiled(request: pytest.FixtureRequest, cache_dir: Path) -> Backend:
+    """The C++ backends alone, for what only they promise."""
+    return cpu_backend(cache_dir, request.param)

@@ -1,0 +1,88 @@
+"""Packed linear layers and embeddings against float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from millrace.kernels import ops, reference
+from millrace.kernels.arguments import Backend
+
+ROWS = [1, 2, 5, 12, 13, 25, 40, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 7), (64, 128), (100, 96), (161, 1100)])
+def test_matches_the_reference_for_any_number_of_rows(backend: Backend, dtype: torch.dtype, n: int, k: int) -> None:
+    weight = torch.randn(n, k).to(dtype)
+    for bias in (None, torch.randn(n)):
+        linear = ops.pack_linear(weight, bias, backends=[backend])
+        assert (linear.out_features, linear.in_features, linear.dtype) == (n, k, dtype)
+        assert linear.weight_bytes >= weight.nbytes
+        for rows in ROWS:
+            x = torch.randn(rows, k)
+            expected = reference.linear(x.numpy(), weight.float().numpy(), None if bias is None else bias.numpy())
+            y = linear(x)
+            assert y.dtype == torch.float32
+            np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=4e-6 * k**0.5 * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_in_any_batch(compiled: Backend, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    linear = ops.pack_linear(torch.randn(161, 1100).to(dtype), torch.randn(161), backends=[compiled])
+    x = torch.randn(900, 1100)
+    alone = torch.cat([linear(x[i : i + 1]) for i in (0, 7, 11, 800, 899)])
+    for rows in (12, 13, 37, 200, 900):
+        y = linear(x[:rows].contiguous())
+        for i, row in enumerate((0, 7, 11, 800, 899)):
+            assert row >= rows or torch.equal(y[row], alone[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_give_no_rows(backend: Backend, dtype: torch.dtype) -> None:
+    linear = ops.pack_linear(torch.randn(40, 24).to(dtype), backends=[backend])
+    assert linear(torch.empty(0, 24)).shape == (0, 40)
+    assert linear.row_lookup(torch.empty(0, dtype=torch.int64)).shape == (0, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_can_be_looked_up_in_a_packed_matrix(backend: Backend, dtype: torch.dtype) -> None:
+    weight = torch.randn(77, 30).to(dtype)
+    linear = ops.pack_linear(weight, backends=[backend])
+    tokens = torch.tensor([0, 76, 31, 31, 32])
+    assert torch.equal(linear.row_lookup(tokens), weight[tokens].float())
+    with pytest.raises(IndexError):
+        linear.row_lookup(torch.tensor([77]))
+
+
+def test_not_a_number_stays_in_its_row(backend: Backend) -> None:
+    linear = ops.pack_linear(torch.randn(40, 24), backends=[backend])
+    x = torch.randn(3, 24)
+    x[1, 5] = torch.nan
+    y = linear(x)
+    assert y[1].isnan().all()
+    assert not y[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding(dtype: torch.dtype) -> None:
+    weight = torch.randn(50, 24).to(dtype)
+    tokens = torch.tensor([3, 49, 3])
+    expected = reference.embedding(tokens.numpy(), weight.float().numpy())
+    np.testing.assert_array_equal(ops.embedding(tokens, weight).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 23),
+        torch.zeros(24),
+        torch.zeros(2, 24, dtype=torch.float64),
+        torch.zeros(24, 2).t(),
+    ],
+)
+def test_a_wrong_input_is_refused_with_its_shape(backend: Backend, x: torch.Tensor) -> None:
+    linear = ops.pack_linear(torch.randn(40, 24), backends=[backend])
+    with pytest.raises(ValueError, match=r"num_tokens, 24"):
+        linear(x)
