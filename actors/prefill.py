@@ -74,9 +74,7 @@ class Prefill:
             ForwardBatch(
                 tokens=torch.from_numpy(plan.tokens.astype(np.int64)),
                 positions=torch.from_numpy(positions),
-                slot_mapping=torch.from_numpy(
-                    self._tables.slots(np.repeat(plan.rows, lengths), positions, BLOCK_SIZE)
-                ),
+                slot_mapping=torch.from_numpy(self._tables.slots(np.repeat(plan.rows, lengths), positions, BLOCK_SIZE)),
                 query_starts=torch.from_numpy(query_starts),
                 context_lens=torch.from_numpy(ends.astype(np.int32)),
                 block_tables=torch.from_numpy(self._tables.gather(plan.rows, -(-longest // BLOCK_SIZE))),

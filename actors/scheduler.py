@@ -4,13 +4,12 @@ There are no phases, only a gap to close: every sequence has a number of positio
 (or are being computed by a launched step) and a number that it wants, and a plan closes some of the gap. Prefill and
 decode are lanes of execution, each with two credits: at most two of its steps are launched and not yet reported.
 
-What is counted per row lives in columns (`_Rows`), so that the cost of a steady step hardly depends on the batch.
+What is counted per row lives in columns (`Rows`), so that the cost of a steady step hardly depends on the batch.
 A row and its blocks are given back when its sequence has ended *and* every launched step that names the row has
 reported (`inflight`), because a step in flight still writes there.
 """
 
 import heapq
-import itertools
 from collections import deque
 from collections.abc import Callable
 
@@ -25,7 +24,6 @@ from millrace.runtime.kv.prefix import PrefixHasher
 from millrace.runtime.messages import (
     Admitted,
     BlockCopies,
-    BlockUpdates,
     Cancel,
     Closed,
     DecodePlan,
@@ -37,118 +35,21 @@ from millrace.runtime.messages import (
     StreamerInbox,
     TokensSampled,
 )
-from millrace.runtime.types import BLOCK_SIZE, FinishReason, Lane, RequestId, SequenceId, sequence_id
+from millrace.runtime.scheduling import (
+    PrefillBudget,
+    Request,
+    Rows,
+    SchedulerStats,
+    Sequence,
+    Step,
+    block_updates,
+    num_blocks,
+)
+from millrace.runtime.types import BLOCK_SIZE, FinishReason, Lane, RequestId, SequenceId
 from millrace.runtime.world import World
 
 PROMPT_LOGPROB_CHUNK = 64  # tokens; logits of a whole chunk are held at once, [chunk, vocab_size] float32
 _EMPTY = np.empty(0, dtype=np.int32)
-
-
-def num_blocks(tokens: int) -> int:
-    """Blocks that hold this many positions."""
-    return -(-tokens // BLOCK_SIZE)
-
-
-class _Request:
-    """One admitted request, from admission to its terminal event."""
-
-    __slots__ = ("admitted", "key", "live", "paused", "sequences", "started")
-
-    def __init__(self, admitted: Admitted, aging_seconds: float) -> None:
-        self.admitted = admitted
-        # Waiting lowers a request's effective priority by one class every `aging_seconds`. All of them age at the same
-        # rate, so their order never changes and the key is fixed: a LOW request that came first is overtaken only by
-        # what comes within its first 3 * aging_seconds.
-        self.key = admitted.priority * aging_seconds + admitted.arrived
-        self.sequences: list[_Sequence] = []
-        self.live = admitted.sampling.n  # choices that have not ended
-        self.paused = False
-        self.started = False
-
-
-class _Sequence:
-    """One choice of a request. It is in exactly one place: the waiting heap, `prefilling`, `ready`, the decode batch,
-    `parked` (paused, without a row), `draining` (its target is planned; the last tokens are on their way), or ended."""
-
-    __slots__ = (
-        "announced",
-        "choice",
-        "ended",
-        "hashes",
-        "history",
-        "published",
-        "request",
-        "retiring",
-        "row",
-        "seq",
-        "table",
-    )
-
-    def __init__(self, request: _Request, choice: int, history: NDArray[np.int32]) -> None:
-        self.request = request
-        self.choice = choice
-        self.seq: SequenceId = sequence_id(request.admitted.rid, choice)
-        self.row = -1  # -1 while it has none
-        self.table: list[int] = []
-        self.history = history  # tokens known when it last had no row; with a row they are in `_Rows.history`
-        self.hashes: list[bytes] = []  # of the full blocks at its beginning
-        self.published = 0  # blocks of the table that can be found by their hash
-        self.announced = False  # the prefill lane has the table
-        self.ended = False
-        self.retiring = False  # row and blocks go as soon as no launched step names them
-
-    def __lt__(self, other: "_Sequence") -> bool:
-        return (self.request.key, self.seq) < (other.request.key, other.seq)
-
-
-class _Rows:
-    """Columns per row, [max_rows]; all counts are positions of the sequence in the row.
-
-    known       tokens whose ids have reached the host (prompt and output)
-    computed    positions whose keys and values are computed or launched
-    confirmed   positions whose step has reported
-    target      positions to compute before the last token is drawn
-    inflight    launched steps that name the row and have not reported
-    """
-
-    def __init__(self, max_rows: int, max_model_len: int) -> None:
-        self.known = np.zeros(max_rows, dtype=np.int64)
-        self.computed = np.zeros(max_rows, dtype=np.int64)
-        self.confirmed = np.zeros(max_rows, dtype=np.int64)
-        self.target = np.zeros(max_rows, dtype=np.int64)
-        self.inflight = np.zeros(max_rows, dtype=np.int32)
-        # Pages of rows and positions that are never reached are never committed.
-        self.history = np.zeros((max_rows, max_model_len + 1), dtype=np.int32)
-        self.owner: list[_Sequence | None] = [None] * max_rows
-        self.free = list(range(max_rows - 1, -1, -1))
-
-
-class _Step:
-    """A launched step: which rows it names, and for prefill how far it takes them."""
-
-    __slots__ = ("ends", "num_tokens", "rows", "sequences")
-
-    def __init__(
-        self, rows: NDArray[np.int32], sequences: list[_Sequence], num_tokens: int, ends: NDArray[np.int64] | None
-    ) -> None:
-        self.rows = rows
-        self.sequences = sequences
-        self.num_tokens = num_tokens
-        self.ends = ends  # [num_seqs] positions confirmed once it reports; None: one more each
-
-
-class SchedulerStats:
-    """Counts for metrics and health; written here, read by whoever reports."""
-
-    def __init__(self) -> None:
-        self.preemptions = 0
-        self.prefix_queries = 0  # prompt tokens looked up
-        self.prefix_hits = 0  # prompt tokens found
-        self.steps = {Lane.PREFILL: 0, Lane.DECODE: 0}
-        self.last_progress = 0.0  # world.now() when a step last reported
-        self.last_launch = 0.0  # world.now() when a step was last launched with none before it
-        self.longest_step = 0.0  # seconds
-        self.prefill_budget = 0
 
 
 class Scheduler:
@@ -177,26 +78,26 @@ class Scheduler:
         self._decode = decode
         self._streamer = streamer
 
-        self._rows = _Rows(config.max_num_seqs, max_model_len)
-        self._requests: dict[RequestId, _Request] = {}
-        self._waiting: list[_Sequence] = []  # heap
-        self._parked: list[_Sequence] = []
-        self._prefilling: list[_Sequence] = []
-        self._ready: list[_Sequence] = []
-        self._batch: dict[int, _Sequence] = {}  # row -> sequence
+        self._rows = Rows(config.max_num_seqs, max_model_len)
+        self._requests: dict[RequestId, Request] = {}
+        self._waiting: list[Sequence] = []  # heap
+        self._parked: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._ready: list[Sequence] = []
+        self._batch: dict[int, Sequence] = {}  # row -> sequence
         self._batch_rows: NDArray[np.int32] = _EMPTY  # columns of the batch, replaced (never changed) when it changes
         self._batch_seqs: list[SequenceId] = []
         self._batch_changed = False
-        self._retiring: list[_Sequence] = []  # ended or preempted
+        self._retiring: list[Sequence] = []  # ended or preempted
         self._num_paused = 0  # requests
         # Head of the queue, free rows and free blocks when it last found no room: nothing new, no new attempt.
-        self._stuck: tuple[_Sequence, int, int] | None = None
+        self._stuck: tuple[Sequence, int, int] | None = None
         self._deadlines: list[tuple[float, RequestId]] = []  # heap
 
         depth = 2 if config.overlap else 1
         self._credits = {Lane.PREFILL: depth, Lane.DECODE: depth}
         self._next_step = {Lane.PREFILL: 0, Lane.DECODE: 0}
-        self._launched: dict[Lane, deque[_Step]] = {Lane.PREFILL: deque(), Lane.DECODE: deque()}
+        self._launched: dict[Lane, deque[Step]] = {Lane.PREFILL: deque(), Lane.DECODE: deque()}
         self._budget = PrefillBudget(config.max_prefill_tokens, config.inter_token_target_ms / 1000)
         self._handlers: dict[type, Callable[..., None]] = {
             Admitted: self._admit,
@@ -267,8 +168,8 @@ class Scheduler:
             )
             self._close(admitted.rid, FinishReason.REFUSED, QueueFullError(message).info())
             return
-        request = _Request(admitted, self._config.aging_seconds)
-        first = _Sequence(request, 0, admitted.prompt)
+        request = Request(admitted, self._config.aging_seconds)
+        first = Sequence(request, 0, admitted.prompt)
         first.hashes = list(admitted.block_hashes)
         request.sequences.append(first)
         self._requests[admitted.rid] = request
@@ -313,13 +214,13 @@ class Scheduler:
     def _close(self, rid: RequestId, reason: FinishReason, error: ErrorInfo) -> None:
         self._streamer.send_nowait(Closed(rid, reason, error))
 
-    def _end_request(self, request: _Request) -> None:
+    def _end_request(self, request: Request) -> None:
         for sequence in request.sequences:
             self._end(sequence)
         if request.live:  # it never left the queue: its other choices have no sequence yet
             self._forget(request)
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: Sequence) -> None:
         """Takes a sequence out of every place; its row and blocks follow when no launched step names them."""
         if sequence.ended:
             return
@@ -331,11 +232,11 @@ class Scheduler:
         if request.live == 0:
             self._forget(request)
 
-    def _forget(self, request: _Request) -> None:
+    def _forget(self, request: Request) -> None:
         del self._requests[request.admitted.rid]
         self._num_paused -= request.paused
 
-    def _displace(self, sequence: _Sequence) -> None:
+    def _displace(self, sequence: Sequence) -> None:
         if sequence.row < 0:
             if sequence in self._parked:
                 self._parked.remove(sequence)
@@ -351,7 +252,7 @@ class Scheduler:
 
     # -- rows and blocks ----------------------------------------------------------------------------------------------
 
-    def _retire_later(self, sequence: _Sequence) -> None:
+    def _retire_later(self, sequence: Sequence) -> None:
         if sequence.row >= 0 and not sequence.retiring:
             sequence.retiring = True
             self._retiring.append(sequence)
@@ -380,19 +281,19 @@ class Scheduler:
             self._rows.free.append(row)
         self._retiring = waits
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Takes row and blocks away; what was computed is computed again later, or found in the prefix cache."""
         self.stats.preemptions += 1
         self._displace(sequence)
         self._retire_later(sequence)
         self._retire()
 
-    def _preemptible(self) -> list[_Sequence]:
+    def _preemptible(self) -> list[Sequence]:
         """Who holds a row, those first in line for preemption last: paused readers, then by the order of the queue."""
         holders = [s for s in self._rows.owner if s is not None and not s.retiring]
         return sorted(holders, key=lambda s: (s.request.paused, s.request.key, s.seq))
 
-    def _take_row(self, sequence: _Sequence, tokens: NDArray[np.int32], confirmed: int) -> None:
+    def _take_row(self, sequence: Sequence, tokens: NDArray[np.int32], confirmed: int) -> None:
         rows = self._rows
         row = rows.free.pop()
         sequence.row = row
@@ -403,7 +304,7 @@ class Scheduler:
         admitted = sequence.request.admitted
         rows.target[row] = len(admitted.prompt) + max(admitted.max_new_tokens, 1) - 1
 
-    def _start(self, sequence: _Sequence) -> bool:
+    def _start(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence its row and the blocks of all tokens that it has; False if there is no room."""
         request = sequence.request
         fresh = not request.started
@@ -434,7 +335,7 @@ class Scheduler:
             self._streamer.send_nowait(Started(request.admitted.rid, len(hits) * BLOCK_SIZE, self._world.now()))
             # Rows of the other choices are taken now, so that they need not wait once the prompt is computed.
             for choice in range(1, rows_wanted):
-                other = _Sequence(request, choice, tokens)
+                other = Sequence(request, choice, tokens)
                 request.sequences.append(other)
                 self._take_row(other, tokens, 0)
         self._prefilling.append(sequence)
@@ -461,7 +362,7 @@ class Scheduler:
         budget = self._budget.tokens(decoding=bool(self._batch))
         self.stats.prefill_budget = budget
         rows = self._rows
-        chunks: list[tuple[_Sequence, int, int]] = []
+        chunks: list[tuple[Sequence, int, int]] = []
         started = iter(self._prefilling[:])
         while budget > 0:
             sequence = next(started, None)
@@ -483,13 +384,13 @@ class Scheduler:
         self._launch_prefill(chunks)
         return True
 
-    def _launch_prefill(self, chunks: list[tuple[_Sequence, int, int]]) -> None:
+    def _launch_prefill(self, chunks: list[tuple[Sequence, int, int]]) -> None:
         rows = self._rows
         joins: list[SampleJoin] = []
         join_of: list[int] = []
         named = [sequence for sequence, _, _ in chunks]
         ends = [end for _, _, end in chunks]
-        tables: list[_Sequence] = []
+        tables: list[Sequence] = []
         next_tokens = []
         for index, (sequence, start, end) in enumerate(chunks):
             row = sequence.row
@@ -510,7 +411,7 @@ class Scheduler:
         named_rows = np.array([s.row for s in named], dtype=np.int32)
         rows.inflight[named_rows] += 1
         num_tokens = sum(end - start for _, start, end in chunks)
-        step = _Step(named_rows, named, num_tokens, np.array(ends, dtype=np.int64))
+        step = Step(named_rows, named, num_tokens, np.array(ends, dtype=np.int64))
         plan = PrefillPlan(
             step=self._take_credit(Lane.PREFILL, step),
             seqs=[s.seq for s, _, _ in chunks],
@@ -520,13 +421,13 @@ class Scheduler:
             tokens=np.concatenate([rows.history[s.row, start:end] for s, start, end in chunks]),
             prompt_logprobs=np.array([self._wanted_logprobs(s) for s, _, _ in chunks], dtype=np.int32),
             next_tokens=np.array(next_tokens, dtype=np.int32),
-            blocks=_updates([(s.row, 0, s.table) for s in tables]),
+            blocks=block_updates([(s.row, 0, s.table) for s in tables]),
             joins=tuple(joins),
             join_of=np.array(join_of, dtype=np.int32),
         )
         self._prefill.send_nowait(plan)
 
-    def _join_sampler(self, sequence: _Sequence) -> list[_Sequence]:
+    def _join_sampler(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that draw from the last logits of a prompt: the other choices fork here."""
         request = sequence.request
         siblings = [s for s in request.sequences if s.choice > 0 and s.row >= 0 and not s.table and not s.retiring]
@@ -541,7 +442,7 @@ class Scheduler:
             self._rows.computed[sibling.row] = position
         return [sequence, *siblings]
 
-    def _sample_join(self, sequence: _Sequence) -> SampleJoin:
+    def _sample_join(self, sequence: Sequence) -> SampleJoin:
         admitted = sequence.request.admitted
         row = sequence.row
         return SampleJoin(
@@ -554,7 +455,7 @@ class Scheduler:
             output=self._rows.history[row, len(admitted.prompt) : self._rows.known[row]].copy(),
         )
 
-    def _wanted_logprobs(self, sequence: _Sequence) -> int:
+    def _wanted_logprobs(self, sequence: Sequence) -> int:
         """Prompt log probabilities are reported once, not again when a preempted sequence is computed anew."""
         wanted = sequence.request.admitted.sampling.prompt_logprobs
         first_time = self._rows.known[sequence.row] == len(sequence.request.admitted.prompt)
@@ -575,7 +476,7 @@ class Scheduler:
         self._refresh_batch()
 
         updates: list[tuple[int, int, list[int]]] = []  # (row, first index, blocks)
-        copies: list[tuple[_Sequence, int, int]] = []  # (for whom, source, target)
+        copies: list[tuple[Sequence, int, int]] = []  # (for whom, source, target)
         self._grow_batch(updates)
         joined = self._join_batch(updates, copies)
         self._refresh_batch()
@@ -585,12 +486,12 @@ class Scheduler:
         batch = self._batch_rows
         joined_rows = np.array([s.row for s in joined], dtype=np.int32)
         plan = DecodePlan(
-            step=self._take_credit(Lane.DECODE, _Step(batch, list(self._batch.values()), len(batch), None)),
+            step=self._take_credit(Lane.DECODE, Step(batch, list(self._batch.values()), len(batch), None)),
             seqs=self._batch_seqs,
             rows=batch,
             joined_rows=joined_rows,
             joined_positions=rows.computed[joined_rows].astype(np.int32),
-            blocks=_updates(updates),
+            blocks=block_updates(updates),
             copies=BlockCopies(
                 np.array([source for _, source, _ in copies], dtype=np.int64),
                 np.array([target for _, _, target in copies], dtype=np.int64),
@@ -619,10 +520,10 @@ class Scheduler:
                 self._ready.append(sequence)
 
     def _join_batch(
-        self, updates: list[tuple[int, int, list[int]]], copies: list[tuple[_Sequence, int, int]]
-    ) -> list[_Sequence]:
+        self, updates: list[tuple[int, int, list[int]]], copies: list[tuple[Sequence, int, int]]
+    ) -> list[Sequence]:
         """Takes those who are ready into the batch, in the order of the queue."""
-        joined: list[_Sequence] = []
+        joined: list[Sequence] = []
         for sequence in sorted(self._ready):
             if sequence.retiring or sequence.row < 0 or sequence.request.paused:
                 continue  # preempted by one before it, or its reader has stalled
@@ -638,7 +539,7 @@ class Scheduler:
             updates.append((sequence.row, 0, sequence.table))
         return joined
 
-    def _make_writable(self, sequence: _Sequence, copies: list[tuple[_Sequence, int, int]]) -> bool:
+    def _make_writable(self, sequence: Sequence, copies: list[tuple[Sequence, int, int]]) -> bool:
         """Sees that the block of the next position is there and belongs to this sequence alone (copy-on-write)."""
         index = int(self._rows.computed[sequence.row]) // BLOCK_SIZE
         if index < len(sequence.table) and self.pool.refcount(sequence.table[index]) == 1:
@@ -655,7 +556,7 @@ class Scheduler:
             sequence.table += blocks
         return True
 
-    def _allocate_one(self, sequence: _Sequence) -> list[int] | None:
+    def _allocate_one(self, sequence: Sequence) -> list[int] | None:
         """A block for a running sequence, if need be from one that matters less; None if it must wait or go itself."""
         while self.pool.num_free < 1:
             if self._retiring:
@@ -679,7 +580,7 @@ class Scheduler:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _take_credit(self, lane: Lane, step: _Step) -> int:
+    def _take_credit(self, lane: Lane, step: Step) -> int:
         if not self.num_launched:
             self.stats.last_launch = self._world.now()
         number = self._next_step[lane]
@@ -734,11 +635,11 @@ class Scheduler:
             if sequence is not None:
                 self._end(sequence)
 
-    def _rows_of(self, seqs: list[SequenceId], step: _Step) -> NDArray[np.int32]:
+    def _rows_of(self, seqs: list[SequenceId], step: Step) -> NDArray[np.int32]:
         rows = {sequence.seq: row for sequence, row in zip(step.sequences, step.rows.tolist(), strict=True)}
         return np.array([rows[seq] for seq in seqs], dtype=np.int32)
 
-    def _publish(self, sequence: _Sequence, confirmed: int) -> None:
+    def _publish(self, sequence: Sequence, confirmed: int) -> None:
         """Makes the full blocks among the confirmed positions findable."""
         assert self._hasher is not None
         if sequence.retiring:
@@ -751,49 +652,10 @@ class Scheduler:
             self.pool.publish(sequence.table[index], sequence.hashes[index], own)
         sequence.published = max(sequence.published, full)
 
-    def _fail(self, step: _Step, error: ErrorInfo) -> None:
+    def _fail(self, step: Step, error: ErrorInfo) -> None:
         """A failed step ends the requests that were in it, and no others."""
         for sequence in step.sequences:
             request = self._requests.get(sequence.request.admitted.rid)
             if request is not None and not sequence.ended:
                 self._close(request.admitted.rid, FinishReason.FAILED, error)
                 self._end_request(request)
-
-
-class PrefillBudget:
-    """How many prompt tokens one prefill step may hold.
-
-    While sequences decode, a prefill step delays their next token by its own duration, so the chunk is what the
-    measured rate allows within the inter-token target. Nobody decoding: the full chunk.
-    """
-
-    SMALLEST = 32  # tokens; smaller steps cost more in overhead than they spare in delay
-
-    def __init__(self, most: int, target_seconds: float) -> None:
-        self._most = most
-        self._target = target_seconds
-        self._rate = 0.0  # tokens per second, smoothed
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        if tokens >= self.SMALLEST and seconds > 0:
-            rate = tokens / seconds
-            self._rate = rate if self._rate == 0.0 else 0.7 * self._rate + 0.3 * rate
-
-    def tokens(self, *, decoding: bool) -> int:
-        if not decoding or self._target == 0 or self._rate == 0:
-            return self._most
-        return max(self.SMALLEST, min(self._most, int(self._rate * self._target)))
-
-
-def _updates(entries: list[tuple[int, int, list[int]]]) -> BlockUpdates:
-    """Columns from (row, first index, blocks)."""
-    if not entries:
-        return BlockUpdates(_EMPTY, _EMPTY, _EMPTY)
-    counts = [len(blocks) for _, _, blocks in entries]
-    rows = np.repeat(np.array([row for row, _, _ in entries], dtype=np.int32), counts)
-    indices = [range(first, first + len(blocks)) for _, first, blocks in entries]
-    return BlockUpdates(
-        rows,
-        np.fromiter(itertools.chain.from_iterable(indices), dtype=np.int32, count=len(rows)),
-        np.fromiter(itertools.chain.from_iterable(blocks for _, _, blocks in entries), dtype=np.int32, count=len(rows)),
-    )

@@ -23,6 +23,7 @@ from millrace.runtime.text.tokenizer import Tokenizer
 from millrace.runtime.types import Priority, PromptLike, SamplingParams, as_prompt
 from millrace.runtime.world import AsyncioWorld
 
+
 class Runtime:
     """One model in this process, on this event loop.
 

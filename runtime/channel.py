@@ -17,6 +17,8 @@ import msgspec
 from millrace.runtime.world import World
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class ChannelFull(Exception):
@@ -64,13 +66,13 @@ class _State(Generic[T]):
                 places -= 1
 
 
-class Sender(Generic[T]):
-    def __init__(self, state: _State[T]) -> None:
+class Sender(Generic[T_contra]):
+    def __init__(self, state: _State[T_contra]) -> None:
         self._state = state
         self._open = True
         state.open_senders += 1
 
-    def send_nowait(self, item: T) -> None:
+    def send_nowait(self, item: T_contra) -> None:
         """Never waits; raises ChannelFull beyond capacity + reserve, ChannelClosed when nobody receives."""
         state = self._state
         if not self._open or not state.receiver_open:
@@ -84,7 +86,7 @@ class Sender(Generic[T]):
             state.most = depth + 1
         state.wake_receiver()
 
-    async def send(self, item: T) -> None:
+    async def send(self, item: T_contra) -> None:
         """Waits while the channel holds `capacity` items. A cancelled send has not sent."""
         state = self._state
         while state.receiver_open and self._open and len(state.items) >= state.capacity:
@@ -98,7 +100,7 @@ class Sender(Generic[T]):
                 raise
         self.send_nowait(item)
 
-    def clone(self) -> "Sender[T]":
+    def clone(self) -> "Sender[T_contra]":
         return Sender(self._state)
 
     def close(self) -> None:
@@ -122,11 +124,11 @@ class Sender(Generic[T]):
         )
 
 
-class Receiver(Generic[T]):
-    def __init__(self, state: _State[T]) -> None:
+class Receiver(Generic[T_co]):
+    def __init__(self, state: _State[T_co]) -> None:
         self._state = state
 
-    def take(self) -> list[T]:
+    def take(self) -> list[T_co]:
         """All items that wait, perhaps none."""
         state = self._state
         items = list(state.items)
@@ -134,7 +136,7 @@ class Receiver(Generic[T]):
         state.wake_senders(state.capacity)
         return items
 
-    async def recv_batch(self, until: float | None = None) -> list[T]:
+    async def recv_batch(self, until: float | None = None) -> list[T_co]:
         """All items that wait, suspending only while there is none.
 
         Returns an empty list once `world.now()` reaches `until`. Raises ChannelClosed after the last item of a

@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -21,8 +21,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: Annotated[str, Meta(description="checkpoint folder or hub id; empty is the embedded model, grist")] = ""
     served_name: Annotated[str, Meta(description="name that clients use; empty takes the folder's")] = ""
     dtype: Annotated[
-        str,
-        Meta(pattern="^(auto|float32|bfloat16)$", description="how weights are stored: auto, float32 or bfloat16"),
+        Literal["auto", "float32", "bfloat16"], Meta(description="how weights are stored: auto, float32 or bfloat16")
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     random_weights: Annotated[
@@ -33,7 +32,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=0, le=1024, description="CPU threads for arithmetic; 0 is all cores")] = 0
     compile_kernels: Annotated[
-        bool, Meta(description="build the C++ kernels where a compiler is found; without them torch serves")
+        bool, Meta(description="build the C++ kernels, once, where a compiler is found; else torch serves")
     ] = True
 
 
@@ -104,7 +103,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: Annotated[
-        str, Meta(pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+        Literal["debug", "info", "warning", "error"], Meta(description="debug, info, warning or error")
     ] = "info"
     json: Annotated[bool, Meta(description="one JSON object a line instead of text")] = False
 
@@ -125,7 +124,8 @@ class Option(msgspec.Struct, frozen=True):
 
     section: str
     name: str
-    kind: Any
+    kind: type
+    choices: tuple[str, ...]  # empty: any value within the bounds
     default: Any
     description: str
 
@@ -145,7 +145,15 @@ def options() -> Iterator[Option]:
         for name, annotation in get_type_hints(kind, include_extras=True).items():
             base, *extras = get_args(annotation)
             description = next((m.description for m in extras if isinstance(m, Meta) and m.description), "")
-            yield Option(section, name, get_origin(base) or base, getattr(defaults, name), description)
+            default = getattr(defaults, name)
+            yield Option(
+                section,
+                name,
+                type(default),
+                get_args(base) if get_origin(base) is Literal else (),
+                default,
+                description,
+            )
 
 
 def load_config(file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import msgspec
 
+from millrace.kernels import ops
 from millrace.runtime.config import Config
 from millrace.runtime.models.base import Model
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
 from millrace.runtime.weights.loader import load_model, random_model
-from millrace.runtime.weights.resolve import resolve
+from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -26,9 +27,11 @@ class Loaded(msgspec.Struct, frozen=True):
 
 def load(config: Config, progress: Progress | None = None) -> Loaded:
     """Loads what `config.model` names. Blocks; raises CheckpointError or ConfigError."""
-    path = resolve(config.model.path or None)
-    name = config.model.served_name or config.model.random_weights or path.name
-    tokenizer = Tokenizer.load(path)
+    if config.device.compile_kernels:
+        ops.prepare()  # before weights are packed: it decides how
+    found = resolve_model(config.model.path)
+    name = config.model.served_name or config.model.random_weights or found.name
+    tokenizer = Tokenizer.load(found.path)
     length = config.model.max_model_len or None
     report = None if progress is None else (lambda done, total: progress("weights", done, total))
     model: Model
@@ -38,5 +41,5 @@ def load(config: Config, progress: Progress | None = None) -> Loaded:
             preset(config.model.random_weights), dtype=config.model.dtype, max_model_len=length, progress=report
         )
     else:
-        model = load_model(path, dtype=config.model.dtype, max_model_len=length, progress=report)
-    return Loaded(name, path, model, tokenizer, ChatTemplate.load(path, tokenizer.special_tokens))
+        model = load_model(found.path, dtype=config.model.dtype, max_model_len=length, progress=report)
+    return Loaded(name, found.path, model, tokenizer, ChatTemplate.load(found.path, tokenizer.special_tokens))

@@ -12,16 +12,32 @@ from prometheus_client.core import HistogramMetricFamily, Metric
 
 from millrace.runtime.types import FinishReason
 
-LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
+LATENCY_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    600.0,
+)
 TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
 class StepHistogram:
     """A Prometheus histogram without labels that takes many observations in one call. Written on one loop."""
 
-    def __init__(
-        self, name: str, documentation: str, bounds: Sequence[float], registry: CollectorRegistry
-    ) -> None:
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         self._name = name
         self._documentation = documentation
         self._bounds = np.array(bounds, dtype=np.float64)

@@ -198,7 +198,7 @@ def as_prompt(prompt: PromptLike) -> Prompt:
         return TextPrompt(prompt)
     items = list(prompt)
     if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        return TokensPrompt([int(item) for item in items])  # type: ignore[arg-type]
+        return TokensPrompt([item for item in items if isinstance(item, int)])
     messages = []
     for item in items:
         if isinstance(item, ChatMessage):

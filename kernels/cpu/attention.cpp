@@ -101,41 +101,6 @@ void product_rows(long rows, const float* a, long a_stride, const float* const* 
     }
 }
 
-// Interleaves the first or the second halves of two vectors: a0 b0 a1 b1 ...
-#if defined(__AVX512F__)
-INLINE vf low_halves(vf a, vf b) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-INLINE vf high_halves(vf a, vf b) {
-    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-#elif defined(__AVX2__)
-INLINE vf low_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-INLINE vf high_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-#else
-INLINE vf low_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-INLINE vf high_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-#endif
-
-// VL rows of VL floats -> VL columns: log2(VL) rounds of interleaving row i with row i + VL / 2.
-INLINE void transpose(const float* const* rows, long offset, float* to, long to_stride) {
-    vf now[VL], then[VL];
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) now[i] = load(rows[i] + offset);
-#pragma GCC unroll 4
-    for (int round = 1; round < VL; round *= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < VL / 2; i++) {
-            then[2 * i] = low_halves(now[i], now[i + VL / 2]);
-            then[2 * i + 1] = high_halves(now[i], now[i + VL / 2]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) now[i] = then[i];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) store(to + i * to_stride, now[i]);
-}
-
 // Per-thread working space.
 struct Space {
     alignas(64) float keys[MAX_DIM * SEGMENT];     // [dim][SEGMENT]: the segment's keys, transposed
@@ -168,6 +133,10 @@ void merge_row(float* to, float maximum, float sum, const float* values, long di
     for (long i = 0; i < dim; i += VL) store(to + 2 + i, load(to + 2 + i) * old_scale + load(values + i) * new_scale);
 }
 
+INLINE void fetch(const float* from, long count) {
+    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i, 0, 2);
+}
+
 // One segment against all rows of a task, joined to the running (maximum, sum, values[dim]) of each row in `state`.
 void attend_segment(const Problem& p, const Task& task, long segment, const float* query, float* state, Space& space) {
     const long dim = p.dim, group = p.group(), rows = task.count * group, stride = dim + 2;
@@ -182,10 +151,25 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
         value_blocks[i] = p.v_cache + offset;
     }
     for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
+        const long piece = key / BLOCK_SIZE;
         const float* lines[VL];
         for (int i = 0; i < VL; i++)
-            lines[i] = key + i < keys ? key_blocks[(key + i) / BLOCK_SIZE] + (key + i) % BLOCK_SIZE * dim : space.zeros;
-        for (long d = 0; d < dim; d += VL) transpose(lines, d, space.keys + d * SEGMENT + key, SEGMENT);
+            lines[i] = key + i < keys ? key_blocks[piece] + (key + i) % BLOCK_SIZE * dim : space.zeros;
+        for (long d = 0; d < dim; d += VL) {
+            vf square[VL];
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) square[i] = load(lines[i] + d);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) store(space.keys + (d + i) * SEGMENT + key, square[i]);
+        }
+        // The values of these keys come next, and the keys of the next segment after that.
+        const long slots = key % BLOCK_SIZE * dim;
+        fetch(value_blocks[piece] + slots, VL * dim);
+        if (begin + SEGMENT + key < task.last_key) {
+            const long later = ((long)table[piece + SEGMENT_BLOCKS] * p.num_kv_heads + task.kv_head) * BLOCK_SIZE * dim;
+            fetch(p.k_cache + later + slots, VL * dim);
+        }
     }
     const float* transposed[1] = {space.keys};
     vi lane;
@@ -194,8 +178,12 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
     const long step = ceil_div(rows, ceil_div(rows, ROWS));
     for (long r0 = 0; r0 < rows; r0 += step) {
         const long height = least(step, rows - r0);
+        // Keys past the last of these rows would all be masked.
+        const long seen = least(keys, task.position + (r0 + height - 1) / group + 1 - begin);
+        if (seen <= 0) continue;
+        const long seen_pieces = ceil_div(seen, BLOCK_SIZE), width = seen_pieces * BLOCK_SIZE;
         product_rows(height, query + r0 * dim, dim, transposed, 1, dim, SEGMENT, dim, space.scores, SEGMENT,
-                     pieces * BLOCK_SIZE);
+                     width);
         float maxima[ROWS], sums[ROWS];
         for (long r = 0; r < height; r++) {
             float* scores = space.scores + r * SEGMENT;
@@ -203,7 +191,7 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
             const int32_t stop = (int32_t)(least(end, position + 1) - begin);
             const int32_t start = (int32_t)(p.window ? most(0, position - p.window + 1 - begin) : 0);
             vf top = splat(LOWEST);
-            for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
+            for (long key = 0; key < width; key += VL) {
                 vi index = lane + (int32_t)key;
                 vf x = load(scores + key);
                 x = ((index >= start) & (index < stop)) ? x : splat(LOWEST);
@@ -212,7 +200,7 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
             }
             maxima[r] = hmax(top);
             vf sum{}, shift = splat(maxima[r]);
-            for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
+            for (long key = 0; key < width; key += VL) {
                 vi index = lane + (int32_t)key;
                 vf weight = vexp(load(scores + key) - shift);
                 weight = ((index >= start) & (index < stop)) ? weight : vf{};
@@ -221,7 +209,7 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
             }
             sums[r] = hsum(sum);
         }
-        product_rows(height, space.scores, SEGMENT, value_blocks, pieces, BLOCK_SIZE, dim, keys, space.values, dim,
+        product_rows(height, space.scores, SEGMENT, value_blocks, seen_pieces, BLOCK_SIZE, dim, seen, space.values, dim,
                      dim);
         for (long r = 0; r < height; r++)
             merge_row(state + (r0 + r) * stride, maxima[r], sums[r], space.values + r * dim, dim);

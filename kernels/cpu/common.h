@@ -72,6 +72,37 @@ static INLINE vf vexp(vf x) {
     return p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
 }
 
+// Interleaves the first or the second halves of two vectors: a0 b0 a1 b1 ...
+#if defined(__AVX512F__)
+static INLINE vf low_halves(vf a, vf b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+static INLINE vf high_halves(vf a, vf b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX2__)
+static INLINE vf low_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+static INLINE vf high_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+static INLINE vf low_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static INLINE vf high_halves(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// VL rows of VL floats -> VL columns: log2(VL) rounds of interleaving row i with row i + VL / 2.
+static INLINE void transpose(vf* now) {
+    vf then[VL];
+#pragma GCC unroll 4
+    for (int round = 1; round < VL; round *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL / 2; i++) {
+            then[2 * i] = low_halves(now[i], now[i + VL / 2]);
+            then[2 * i + 1] = high_halves(now[i], now[i + VL / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) now[i] = then[i];
+    }
+}
+
 static INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
 static INLINE long least(long a, long b) { return a < b ? a : b; }
 static INLINE long most(long a, long b) { return a > b ? a : b; }

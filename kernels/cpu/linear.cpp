@@ -7,6 +7,8 @@
 
 #include "common.h"
 
+#include <type_traits>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -45,19 +47,24 @@ void tile(const float* a, const W* w, long k, Ahead ahead, const float* start, l
         low[r] = load(start + r * start_stride);
         high[r] = load(start + r * start_stride + VL);
     }
+    auto run = [&](auto lines) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (long i = 0; i < k; i++) {
-        __builtin_prefetch(ahead.from, 0, 2);
-        if (sizeof(W) * PW > 64 && __is_same(W, float)) __builtin_prefetch(ahead.from + 64, 0, 2);
-        ahead.from += ahead.step;
-        Pair weights = load_weights(w, i);
+        for (long i = 0; i < k; i++) {
+            for (int line = 0; line < lines; line++) __builtin_prefetch(ahead.from + line * 64, 0, 2);
+            ahead.from += ahead.step;
+            Pair weights = load_weights(w, i);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            vf x = splat(a[i * R + r]);
-            low[r] += x * weights.low;
-            high[r] += x * weights.high;
+            for (int r = 0; r < R; r++) {
+                vf x = splat(a[i * R + r]);
+                low[r] += x * weights.low;
+                high[r] += x * weights.high;
+            }
         }
-    }
+    };
+    if (ahead.step > 64)
+        run(std::integral_constant<int, 2>());
+    else
+        run(std::integral_constant<int, 1>());
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
         store(c + r * c_stride, low[r]);
@@ -101,8 +108,26 @@ void pack_rows(const Problem& p, const Rows& rows, long block_k, float* out, lon
         long k0 = unit / rows.tiles * block_k, t = unit % rows.tiles;
         long r0 = rows.begin(t), height = rows.begin(t + 1) - r0, kc = least(block_k, p.k - k0);
         float* to = out + k0 * p.m + r0 * kc;
-        for (long r = 0; r < height; r++)
-            for (long i = 0; i < kc; i++) to[i * height + r] = p.x[(r0 + r) * p.k + k0 + i];
+        const float* from = p.x + r0 * p.k + k0;
+        long i = 0;
+        for (; height > 1 && i + VL <= kc; i += VL)
+            for (long first = 0; first < height; first += VL) {
+                const long lanes = least(VL, height - first);
+                vf square[VL];
+#pragma GCC unroll 16
+                for (int r = 0; r < VL; r++) square[r] = r < lanes ? load(from + (first + r) * p.k + i) : vf{};
+                transpose(square);
+                // A whole vector may spill into rows that are written later, but not into rows written already.
+                for (int j = 0; j < VL; j++) {
+                    float* row = to + (i + j) * height + first;
+                    if (lanes == VL || (height < VL && row + VL <= to + kc * height))
+                        store(row, square[j]);
+                    else
+                        memcpy(row, &square[j], lanes * sizeof(float));
+                }
+            }
+        for (; i < kc; i++)
+            for (long r = 0; r < height; r++) to[i * height + r] = from[r * p.k + i];
     }
 }
 

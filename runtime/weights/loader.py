@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from millrace.kernels import ops
+from millrace.kernels.cpu_backend import CpuBackend
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
 from millrace.runtime.weights.checkpoint import Checkpoint, read_config
 from millrace.runtime.weights.synthetic import RandomWeights
 
-Dtype = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
 
 _CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ _LISTED = 12  # names in one error message
 def load_model(
     path: Path,
     *,
-    dtype: Dtype = "auto",
+    dtype: str = "auto",
     device: torch.device = _CPU,
     max_model_len: int | None = None,
     progress: Progress | None = None,
@@ -32,7 +33,8 @@ def load_model(
 
     Args:
         path: the folder with config.json and safetensors files.
-        dtype: how matrices are stored; arithmetic is float32. "auto" is float32.
+        dtype: how matrices are stored: "float32", "bfloat16", or "auto", which keeps bfloat16 matrices as they are
+            where the kernels read them directly, and widens all others. Arithmetic is float32 either way.
         device: the CPU.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
@@ -54,20 +56,26 @@ def random_model(
     config: Mapping[str, Any],
     seed: int = 0,
     *,
-    dtype: Dtype = "auto",
+    dtype: str = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
-    """A model with random weights and no files; equal to loading `write_random_checkpoint(folder, config, seed)`."""
+    """A model with random weights and no files; equal to loading `write_random_checkpoint(folder, config, seed)`.
+
+    Matrices are stored in float32 ("auto" too) or bfloat16. Raises CheckpointError and ConfigError as `load_model`.
+    """
     decl = declare(config)
-    source = RandomWeights(decl.tensors(), seed, torch.float32, _storage(dtype))
+    stored = torch.float32 if dtype == "auto" else _storage(dtype)[torch.float32]
+    source = RandomWeights(decl.tensors(), seed, stored, stored)
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
 
 
 class _CheckpointWeights:
     """A checkpoint under the names of the declaration: implements millrace.runtime.models.declaration.WeightSource."""
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], storage: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, names: Mapping[str, str], storage: Mapping[torch.dtype, torch.dtype]
+    ) -> None:
         """`names` maps declared names to stored ones."""
         self._checkpoint = checkpoint
         self._names = names
@@ -77,7 +85,7 @@ class _CheckpointWeights:
         return self._checkpoint.read(self._names[name])
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
-        return self._storage
+        return self._storage[stored]
 
     def release(self) -> None:
         self._checkpoint.release()
@@ -137,12 +145,15 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(ordered[:_LISTED]) + more
 
 
-def _storage(dtype: str) -> torch.dtype:
-    """The type that matrices are kept in."""
-    storage = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
-    if storage is None:
+def _storage(dtype: str) -> Mapping[torch.dtype, torch.dtype]:
+    """Stored type -> the type that matrices are kept in."""
+    if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype is {dtype}, but it must be auto, float32 or bfloat16", param="dtype")
-    return storage
+    wide = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    # The C++ kernels widen bfloat16 as they read it; torch would widen whole matrices at each call.
+    direct = dtype == "auto" and isinstance(ops.default_backends()[0], CpuBackend)
+    narrow = torch.bfloat16 if direct else wide
+    return {torch.float32: wide, torch.float16: wide, torch.bfloat16: narrow}
 
 
 def _check_device(device: torch.device) -> None:

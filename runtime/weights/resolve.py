@@ -38,8 +38,8 @@ class ResolvedModel(msgspec.Struct, frozen=True):
     path: Path
 
 
-def resolve_model(model: str | Path | None = None, *, revision: str | None = None) -> ResolvedModel:
-    """Finds the files of a model, and fetches them from the hub where they are not on this machine yet.
+def resolve_model(model: str | Path | None = None) -> ResolvedModel:
+    """Finds a model's files; fetches them from the hub where they are not on this machine yet.
 
     Fetching shows huggingface_hub's progress bars on standard error and obeys its environment variables
     (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE).
@@ -47,17 +47,14 @@ def resolve_model(model: str | Path | None = None, *, revision: str | None = Non
     Args:
         model: a folder, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct; None or "" is the embedded model.
             A folder wins over a hub id of the same name.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be fetched.
     """
-    if model is None or model == "" or model == EMBEDDED:
+    if not model or (model == EMBEDDED and not Path(model).is_dir()):
         return _embedded()
     path = Path(model).expanduser()
     if path.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"{path} is a folder, which has no revision {revision!r}", param="revision")
         return ResolvedModel(path.resolve().name, path)
     if path.is_file():
         raise CheckpointError(
@@ -66,7 +63,7 @@ def resolve_model(model: str | Path | None = None, *, revision: str | None = Non
     name = str(model)
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"there is no folder {name}, and it is not a hub id such as owner/name", param="model")
-    return ResolvedModel(name, _fetch(name, revision))
+    return ResolvedModel(name, _fetch(name))
 
 
 def _embedded() -> ResolvedModel:
@@ -80,21 +77,18 @@ def _embedded() -> ResolvedModel:
     return ResolvedModel(EMBEDDED, path)
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str) -> Path:
     # Imported here because it takes a good part of a second and a local model does not need it.
     import huggingface_hub
     from huggingface_hub import errors
 
-    at = "" if revision is None else f" at revision {revision}"
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_FETCHED)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FETCHED)))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{name} on the hub is gated: accept its terms on the hub, then set HF_TOKEN to a token of that account",
             param="model",
         ) from None
-    except errors.RevisionNotFoundError:
-        raise CheckpointError(f"{name} on the hub has no revision {revision}", param="revision") from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
             f"there is no folder {name}, and no repository of that name on the hub that you may read "
@@ -103,14 +97,12 @@ def _fetch(name: str, revision: str | None) -> Path:
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"there is no folder {name}; as a hub id, {name}{at} is not in the local cache and the hub cannot be "
+            f"there is no folder {name}; as a hub id, {name} is not in the local cache and the hub cannot be "
             f"reached ({_first_line(error)}). Fetch it while online, or give the folder of a checkpoint",
             param="model",
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name}{at} cannot be fetched from the hub: {_first_line(error)}", param="model"
-        ) from None
+        raise CheckpointError(f"{name} cannot be fetched from the hub: {_first_line(error)}", param="model") from None
 
 
 def _first_line(error: Exception) -> str:

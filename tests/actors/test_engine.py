@@ -40,7 +40,8 @@ async def test_batches_with_overlap_and_without(overlap: bool, batch: int, null_
     lengths = [(7 * i) % 90 + 1 for i in range(batch)]
     async with engine(num_blocks=1000, scheduler__overlap=overlap, null_device=null_device) as made:
         handles = [
-            submit(made, prompt(length, i), greedy(3 + i % 40, ignore_eos=i % 2 == 0)) for i, length in enumerate(lengths)
+            submit(made, prompt(length, i), greedy(3 + i % 40, ignore_eos=i % 2 == 0))
+            for i, length in enumerate(lengths)
         ]
         completions = await asyncio.gather(*handles)
     for i, (length, completion) in enumerate(zip(lengths, completions, strict=True)):

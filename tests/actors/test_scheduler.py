@@ -21,7 +21,7 @@ from millrace.actors.admission import Capacity
 from millrace.actors.decode import Decode
 from millrace.actors.prefill import Prefill
 from millrace.actors.sampler import Sampler
-from millrace.actors.scheduler import PrefillBudget, Scheduler
+from millrace.actors.scheduler import Scheduler
 from millrace.runtime.channel import Receiver, Sender, channel
 from millrace.runtime.config import SchedulerConfig
 from millrace.runtime.device import Stream
@@ -31,6 +31,7 @@ from millrace.runtime.kv.tables import BlockTables
 from millrace.runtime.messages import Admitted, Cancel, Closed, Flow, Started, TokensSampled
 from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.rows import TokenRows
+from millrace.runtime.scheduling import PrefillBudget
 from millrace.runtime.types import BLOCK_SIZE, Priority, choice_of, request_of
 
 
@@ -93,7 +94,9 @@ class ManualDevice:
 class House:
     """Scheduler, both lanes and sampler without a loop; messages move when `pump` is called."""
 
-    def __init__(self, *, num_blocks: int, max_num_seqs: int, max_prefill_tokens: int = 48, overlap: bool = True) -> None:
+    def __init__(
+        self, *, num_blocks: int, max_num_seqs: int, max_prefill_tokens: int = 48, overlap: bool = True
+    ) -> None:
         world = self.world = ManualWorld()
         self.device = ManualDevice(world)
         self.model = LedgerModel(max_model_len=256)
@@ -141,7 +144,9 @@ class House:
         self.ended: dict[int, str] = {}
         self.open: dict[int, int] = {}  # rid -> choices that have not ended
 
-    def submit(self, prompt: list[int], max_new: int, *, n: int = 1, priority: int = 2, deadline: float | None = None) -> int:
+    def submit(
+        self, prompt: list[int], max_new: int, *, n: int = 1, priority: int = 2, deadline: float | None = None
+    ) -> int:
         rid = len(self.prompts) + 1
         hashes: list[bytes] = []
         tokens = np.array(prompt, dtype=np.int32)
@@ -150,9 +155,7 @@ class House:
         sampling = greedy(max_new, n=n)
         priorities = Priority(priority)
         now = self.world.now()
-        self.scheduler.handle(
-            Admitted(rid, tokens, tuple(hashes), sampling, 0, max_new, priorities, deadline, now, "")
-        )
+        self.scheduler.handle(Admitted(rid, tokens, tuple(hashes), sampling, 0, max_new, priorities, deadline, now, ""))
         return rid
 
     def end(self, rid: int, why: str) -> None:
@@ -415,7 +418,9 @@ def test_prefill_budget_follows_the_rate() -> None:
 
 @pytest.mark.parametrize(("prompt", "new", "n"), [(1, 1, 1), (16, 16, 1), (40, 30, 4), (48, 100, 2), (15, 2, 3)])
 def test_what_admission_lets_in_fits_alone(prompt: int, new: int, n: int) -> None:
-    blocks = Capacity(max_model_len=256, num_blocks=0, max_rows=8, vocab_size=VOCAB, max_logprobs=0).blocks(prompt, new, n)
+    blocks = Capacity(max_model_len=256, num_blocks=0, max_rows=8, vocab_size=VOCAB, max_logprobs=0).blocks(
+        prompt, new, n
+    )
     house = House(num_blocks=blocks + 1, max_num_seqs=n)
     house.submit(prompts(prompt), new, n=n)
     house.drain()

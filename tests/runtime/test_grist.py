@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -136,13 +137,23 @@ def test_held_out_questions_are_not_in_the_training_text():
 def test_held_out_sums_are_in_no_reply():
     seen = set()
     for conversation in itertools.islice(corpus.conversations(corpus.TRAIN_SEED), 6000):
-        seen.update(turn.reply for turn in conversation.turns if " = " in turn.reply)
+        for turn in conversation.turns:
+            seen.update(re.findall(r"(\d+) ([-+]) (\d+) = ", turn.reply))
     assert len(seen) > 2000
-    for reply in seen:
-        a, sign, b = reply.split(" = ")[0].split()
-        if sign != "*":
-            low, high = (a, b) if sign == "-" else sorted((a, b), key=int)
-            assert not skills.held_out(f"{low} {sign} {high}"), reply
+    for first, sign, second in seen:
+        a, b = int(first), int(second)
+        low, high = (a, b) if sign == "-" else sorted((a, b))
+        assert skills.is_table(sign, a, b) or not skills.held_out(f"{low} {sign} {high}")
+
+
+def test_sums_are_worked_out_right():
+    for a, b in itertools.product(range(100), repeat=2):
+        for sign in "+-" if a >= b else "+":
+            reply = skills.work_out(sign, a, b)
+            assert reply.endswith(f"{a} {sign} {b} = {a + b if sign == '+' else a - b}.")
+            for left, right in re.findall(r"([\d +-]+) = (\d+)", reply):
+                first, *others = (int(number) for number in re.findall(r"\d+", left))
+                assert first + sum(others if sign == "+" else [-number for number in others]) == int(right), reply
 
 
 def test_the_two_sides_of_the_line_share_no_question():

@@ -25,8 +25,8 @@ EXAM_SEED = 2
 # How often each skill comes up, per turn. Sums come up most: they are the only skill that is worked out, not looked up.
 SHARES = {
     "sums": 30,
-    "capitals": 13,
-    "memory": 15,
+    "capitals": 14,
+    "memory": 19,
     "opposites": 8,
     "colours": 8,
     "calendar": 9,
@@ -37,7 +37,7 @@ SHARES = {
     "how-to": 4,
     "stories": 3.5,
     "counting": 1.5,
-    "echo": 2,
+    "echo": 4,
     "too big": 2,
 }
 SYSTEM_PROMPTS = (
@@ -171,7 +171,7 @@ class _Talk:
             if not skills.held_out(skills.normal_form(followed.user)):
                 ask = followed
         if not same and skill == "sums" and _is_follow_up(ask.user):
-            ask = Ask(skill, re.sub(r"^(and|And|What about|Now) ", "", ask.user), ask.reply, ask.expect, True)
+            ask = Ask(skill, re.sub(r"^(and|And|Now) ", "", ask.user), ask.reply, ask.expect, True)
         self._last = skill
         reply = ask.reply
         if (bare := re.match(r"Yes\. (.+)", reply)) and not ask.user.startswith(("Do you", "Can you", "Could you")):
@@ -198,7 +198,7 @@ class _Talk:
 def draw(rng: random.Random, skill: str, held: bool) -> Ask:
     """One question of a skill from one side of the line; remembering is not here, since it takes more than one turn."""
     if skill == "sums":
-        return skills.make_sum(rng, held, limit=rng.choice((12, 20, 50)) if held else None)
+        return skills.make_sum(rng, held)
     if skill == "stories":
         return skills.make_story(rng, held)
     if skill == "counting":
@@ -267,31 +267,31 @@ def exam(seed: int = EXAM_SEED) -> list[Examination]:
     for skill, count in EXAM.items():
         seen: set[str] = set()
         while len(seen) < count:
-            test = _remember(rng) if skill == "memory" else _single(rng, skill)
-            key = " / ".join(map(skills.normal_form, test.users))
+            key, test = _remember(rng) if skill == "memory" else _single(rng, skill)
             if key not in seen:
                 seen.add(key)
                 tests.append(test)
     return tests
 
 
-def _single(rng: random.Random, skill: str) -> Examination:
-    """A held-out question, one in four after a turn about something else."""
+def _single(rng: random.Random, skill: str) -> tuple[str, Examination]:
+    """A held-out question, one in four after a turn about something else; and what tells it from others."""
     ask = draw(rng, skill, held=True)
-    user = re.sub(r"^(And|What about|Now) ", "", ask.user) if skill == "sums" else ask.user
+    user = re.sub(r"^(and|And|Now) ", "", ask.user) if skill == "sums" else ask.user
     before = (draw(rng, "capitals", held=False).user,) if rng.random() < 0.25 else ()
-    return Examination(skill, (*before, user), ask.expect)
+    key = ask.reply if skill == "sums" else skills.normal_form(user)
+    return key, Examination(skill, (*before, user), ask.expect)
 
 
-def _remember(rng: random.Random) -> Examination:
+def _remember(rng: random.Random) -> tuple[str, Examination]:
     """A held-out fact, told, then asked for after up to two other turns; one in ten is asked for without being told."""
     fact = make_fact(rng, held=True)
     between = tuple(draw(rng, rng.choice(("capitals", "colours", "sums", "smalltalk")), held=False).user
                     for _ in range(rng.choice((0, 1, 1, 2))))  # fmt: skip
     if rng.random() < 0.1:
         ask = fact.ask_untold(rng)
-        return Examination("memory", (*between, ask.user), ask.expect)
-    return Examination("memory", (fact.tell(rng).user, *between, fact.ask(rng).user), fact.ask(rng).expect)
+        return str(fact), Examination("memory", (*between, ask.user), ask.expect)
+    return str(fact), Examination("memory", (fact.tell(rng).user, *between, fact.ask(rng).user), (fact.value.lower(),))
 
 
 def main() -> None:

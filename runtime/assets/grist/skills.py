@@ -2,8 +2,8 @@
 
 A question is held out when a hash of its *normal form* (lower case, no punctuation, contractions opened, courtesies
 dropped) falls into the held-out share. The normal form stands for all spellings of the question, so no spelling of a
-held-out one can reach the training text. Sums and names are held out as such: a held-out sum is in no training question
-and no training answer, whichever way round it is put.
+held-out one can reach the training text. Sums of longer numbers, and names, are held out as such: a held-out sum is in no training
+question and no training answer, whichever way round it is put.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ DOES_NOT_KNOW = ("do not know", "too big", "too small", "cannot")
 
 _OPENED = {"what's": "what is", "who's": "who is", "where's": "where is", "how's": "how is", "i'm": "i am",
            "it's": "it is", "don't": "do not", "can't": "cannot", "that's": "that is", "i'd": "i would",
-           "let's": "let us", "doesn't": "does not", "favorite": "favourite", "color": "colour", "colors": "colours"}  # fmt: skip
+           "let's": "let us", "doesn't": "does not", "favorite": "favourite", "color": "colour",
+           "colors": "colours"}  # fmt: skip
 _COURTESIES = frozenset(("please", "hi", "hello", "hey", "grist", "so", "now", "and", "ok", "tell", "me"))
 
 
@@ -270,40 +271,70 @@ def listed(skill: str, held: bool) -> Groups:
     return tuple(side for side in sides if side)
 
 
-def _sum_is_held_out(sign: str, a: int, b: int) -> bool:
+def is_table(sign: str, a: int, b: int) -> bool:
+    """Whether the sum is one of those to know by heart, which all longer sums are worked out with."""
+    return max(a, b) < 10 if sign == "+" else b < 10 and a - b < 10 and a < 19
+
+
+def work_out(sign: str, a: int, b: int) -> str:
+    """The reply to a sum: longer ones digit by digit, as at school, which takes far fewer examples to learn."""
+    result = a + b if sign == "+" else a - b
+    if is_table(sign, a, b):
+        return f"{a} {sign} {b} = {result}."
+    ones_a, ones_b = a % 10, b % 10
+    borrow = sign == "-" and ones_a < ones_b
+    ones_a += 10 * borrow
+    ones = ones_a + ones_b if sign == "+" else ones_a - ones_b
+    carry = ones >= 10 if sign == "+" else borrow
+    steps = [f"{ones_a} {sign} {ones_b} = {ones}"]
+    tens = [f"{ten}" for ten in (a // 10, b // 10) if ten]
+    if sign == "-":
+        tens = [f"{a // 10}", *(["1"] if carry else []), *([f"{b // 10}"] if b >= 10 else [])]
+    elif carry:
+        tens.append("1")
+    if len(tens) > 1:
+        steps.append(f"{f' {sign} '.join(tens)} = {result // 10}")
+    return f"{a} {sign} {b}: {', '.join(steps)}, so {a} {sign} {b} = {result}."
+
+
+def _sum_is_held_out(ask: str, sign: str, a: int, b: int) -> bool:
+    """A sum to know by heart is held out in some phrasings; a longer one is held out as such, in either order."""
+    if is_table(sign, a, b):
+        return held_out(normal_form(ask))
     low, high = (a, b) if sign == "-" else sorted((a, b))
     return held_out(f"{low} {sign} {high}")
 
 
-def make_sum(rng: random.Random, held: bool, limit: int | None = None) -> Ask:
-    """One sum from one side of the line: operands up to `limit` (by default mostly 20, at times 50 or 99)."""
-    sign = rng.choices("+-*", (50, 35, 15))[0]
+def make_sum(rng: random.Random, held: bool) -> Ask:
+    """One sum from one side of the line, with operands up to 99."""
+    sign = rng.choices("+-*", (48, 38, 14))[0]
     if sign == "*":
         return _make_product(rng, held)
     while True:
-        top = limit or rng.choices((12, 20, 50, 99), (15, 30, 30, 25))[0]
+        top = rng.choices((9, 20, 50, 99), (20, 30, 25, 25))[0]
         a, b = rng.randint(0, top), rng.randint(0, top)
         if sign == "-" and a < b:
             a, b = b, a
-        if _sum_is_held_out(sign, a, b) is held:
-            break
-    result = a + b if sign == "+" else a - b
+        ask = _sum_ask(rng, sign, a, b)
+        if _sum_is_held_out(ask, sign, a, b) is held:
+            result = a + b if sign == "+" else a - b
+            return Ask("sums", ask, work_out(sign, a, b), (f"= {result}.",), True)
+
+
+def _sum_ask(rng: random.Random, sign: str, a: int, b: int) -> str:
     form = rng.choice(forms(_ADD if sign == "+" else _SUB))
     draw = rng.random()
     if draw < 0.08 and max(a, b) <= 20:
         form = re.sub(r"[-+]", " plus " if sign == "+" else " minus ", form.replace(" = ?", "?").replace(" =", "?"))
-        ask = re.sub(" +", " ", form.format(a=facts.NUMBER_WORDS[a], b=facts.NUMBER_WORDS[b]))
-        return Ask("sums", _grammar(ask), f"{a} {sign} {b} = {result}.", (f"= {result}.",), True)
+        return _grammar(re.sub(" +", " ", form.format(a=facts.NUMBER_WORDS[a], b=facts.NUMBER_WORDS[b])))
     if draw < 0.14:
         thing = rng.choice(("apples", "books", "coins", "eggs", "pens", "cakes", "stones", "cards"))
         if sign == "+":
-            ask = f"I have {a} {thing} and get {b} more. How many {thing} do I have?"
-        else:
-            ask = f"I have {a} {thing} and give {b} away. How many {thing} are left?"
-        return Ask("sums", ask, f"{a} {sign} {b} = {result}.", (f"= {result}.",), True)
+            return f"I have {a} {thing} and get {b} more. How many {thing} do I have?"
+        return f"I have {a} {thing} and give {b} away. How many {thing} are left?"
     if draw < 0.2:
-        form = rng.choice(("And {a} %s {b}?", "What about {a} %s {b}?", "Now {a} %s {b}.", "and {a} %s {b}")) % sign
-    return Ask("sums", form.format(a=a, b=b), f"{a} {sign} {b} = {result}.", (f"= {result}.",), True)
+        form = rng.choice(("And {a} %s {b}?", "Now {a} %s {b}.", "and {a} %s {b}")) % sign
+    return form.format(a=a, b=b)
 
 
 def _make_product(rng: random.Random, held: bool) -> Ask:

@@ -1,0 +1,5 @@
+import sys
+
+from millrace.runtime.cli import main
+
+sys.exit(main())
