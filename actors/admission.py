@@ -144,32 +144,26 @@ class Admission:
             await self._scheduler.send(cancel)
 
     async def _admit(self, submit: Submit) -> None:
-        try:
-            admitted = self._prepare(submit, self._encode(submit))
-        except MillraceError as error:
-            self._refuse(submit, error)
-            return
-        await self._forward(submit, admitted)
+        admitted = self._prepare(submit)
+        if isinstance(admitted, Admitted):
+            await self._forward(submit, admitted)
+        else:
+            self._refuse(submit, admitted)
 
     async def _admit_long(self, submit: Submit) -> None:
         try:
-            admitted = await self._world.to_thread(lambda: self._prepare(submit, self._encode(submit)))
-        except MillraceError as error:
-            del self._encoding[submit.rid]
-            self._refuse(submit, error)
-            return
-        except Exception:
-            # The request is the smallest unit that can be named; what is in its text stays out of the reply.
-            del self._encoding[submit.rid]
-            self._refuse(submit, InvalidRequestError("the prompt could not be encoded", param="prompt"))
-            return
-        try:
-            await self._forward(submit, admitted)
-            cancel = self._encoding.pop(submit.rid)
+            admitted = await self._world.to_thread(lambda: self._prepare(submit))
+            if isinstance(admitted, Admitted):
+                await self._forward(submit, admitted)
+            else:
+                self._refuse(submit, admitted)
+            cancel = self._encoding[submit.rid]
             if cancel is not None:
                 await self._scheduler.send(cancel)
         except ChannelClosed:
-            self._encoding.pop(submit.rid, None)  # the runtime is closing, and has told every reader
+            return  # the runtime is closing, and has told every reader
+        finally:
+            del self._encoding[submit.rid]
 
     async def _forward(self, submit: Submit, admitted: Admitted) -> None:
         await self._streamer.send(Opened(submit.rid, admitted.prompt, submit.sampling, submit.mailbox))
@@ -194,7 +188,17 @@ class Admission:
             **prompt.template_kwargs,
         )
 
-    def _prepare(self, submit: Submit, tokens: Sequence[int]) -> Admitted:
+    def _prepare(self, submit: Submit) -> Admitted | MillraceError:
+        """Whatever goes wrong in here belongs to this request; may run in a helper thread."""
+        try:
+            return self._admitted(submit, self._encode(submit))
+        except MillraceError as error:
+            return error
+        except Exception as error:  # a template or tokenizer that breaks on this text must not end the others
+            kind = type(error).__name__
+            return InvalidRequestError(f"the prompt could not be encoded: {kind}", param="prompt")
+
+    def _admitted(self, submit: Submit, tokens: Sequence[int]) -> Admitted:
         capacity, sampling = self._capacity, submit.sampling
         sampling.validate(capacity.vocab_size, capacity.max_logprobs)
         capacity.check_prompt(tokens)

@@ -4,6 +4,7 @@ It is the author of stop strings (docs/architecture.md, "One terminal event").
 """
 
 import asyncio
+import math
 
 from millrace.runtime.channel import Receiver, Sender
 from millrace.runtime.errors import MillraceError, RequestFailedError
@@ -256,14 +257,14 @@ class Streamer:
         ids: Column = columns.top_ids[entry, :count]
         top = zip(ids.tolist(), columns.top_logprobs[entry, :count].tolist(), strict=True)
         tokenizer = self._tokenizer
+        value = float(columns.logprobs[entry])
         return TokenLogprob(
             token_id=token,
             token=tokenizer.token_text(token),
             bytes=tokenizer.token_bytes(token),
-            logprob=float(columns.logprobs[entry]),
+            logprob=None if math.isnan(value) else value,  # broken logits at a prompt position
             top=tuple(
                 TopLogprob(other, tokenizer.token_text(other), tokenizer.token_bytes(other), value)
                 for other, value in top
-                if other >= 0
             ),
         )

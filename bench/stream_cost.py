@@ -4,14 +4,12 @@
 
 A step gives each stream one token, as a decode step does; its mailbox pushes and the notification are counted too,
 because a server cannot stream without them. The client is another process, which reads raw bytes and parses nothing.
-The figure is the server process's CPU time (user and system) between the first and the last step, divided by the tokens.
+The figure is the server process's CPU time (user and system) from the first step to the last, divided by the tokens.
 """
 
 import argparse
 import asyncio
 import json
-import socket
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -51,7 +49,7 @@ class Engine:
         return RequestHandle(len(self._mailboxes), "r", self.model_name, 1, mailbox, lambda: None)
 
     def health(self) -> Any:
-        return SimpleNamespace(state="ready", progressing=True, reason="", running=0, waiting=0, seconds_since_progress=0)
+        return SimpleNamespace(state="ready", progressing=True)
 
     async def drain(self, timeout: float) -> bool:
         return True
@@ -97,12 +95,14 @@ while streams:
 async def measure(streams: int, tokens: int) -> dict[str, float]:
     engine = Engine(streams, tokens)
     server = await start_server(engine, "127.0.0.1", 0, page=False)
-    client = subprocess.Popen([sys.executable, "-c", CLIENT, str(server.port), str(streams)])
+    client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, str(server.port), str(streams))
     try:
-        cpu, wall = await engine.result
-        await asyncio.get_running_loop().run_in_executor(None, client.wait)
+        async with asyncio.timeout(120):
+            cpu, wall = await engine.result
+            await client.wait()
     finally:
-        client.kill()
+        if client.returncode is None:
+            client.kill()
         await server.close()
     count = streams * (tokens - 1)
     return {

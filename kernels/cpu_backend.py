@@ -37,6 +37,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_rope": ([_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _I], _L),
     "mr_write_kv": ([_P, _P, _P, _P, _P, _L, _L, _L, _L], _L),
     "mr_attention": ([_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
+    "mr_probe_read": ([_P, _L, _I], _F),
+    "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
     "mr_attention_dim_step": ([], _L),
 }

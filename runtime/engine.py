@@ -299,7 +299,7 @@ class Engine:
 
     def _export(self, metrics: Metrics) -> None:
         scheduler = self.scheduler
-        pool, stats = scheduler.pool, scheduler.stats
+        pool, stats = scheduler.residency.pool, scheduler.stats
         for name, documentation, read in (
             ("sequences_running", "Sequences that hold a row", lambda: scheduler.num_running),
             ("requests_waiting", "Sequences in the queue", lambda: scheduler.num_waiting),

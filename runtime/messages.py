@@ -12,7 +12,8 @@ struct says that a message, once sent, belongs to nobody. Who writes which messa
     RowsReady      sampler -> decode             TokensSampled  sampler -> scheduler and streamer (the same object)
 
 `Admitted`, `Cancel`, `Closed`, `Flow`, `Started` and `TokensSampled` may cross a process border and serialise with
-`encode` and `decode`. `Submit` and `Opened` hold a mailbox, `LogitsReady` and `RowsReady` device objects: they never do.
+`encode` and `decode`. `Submit` and `Opened` hold a mailbox, `LogitsReady` and `RowsReady` device objects: they
+never do.
 """
 
 from typing import Any
@@ -178,8 +179,8 @@ class LogprobColumns(msgspec.Struct, frozen=True):
 
     Attributes:
         index: [n] int32, place among the sampled rows (or among the scored positions of a prompt chunk).
-        logprobs: [n] float32, of the drawn (or given) token.
-        num_top: [n] int32, how many alternatives this entry asked for.
+        logprobs: [n] float32, of the drawn (or given) token; NaN where the model's logits are broken.
+        num_top: [n] int32, how many alternatives are there.
         top_ids: [n, max_top] int32, best first, lowest id first on ties; -1 behind num_top.
         top_logprobs: [n, max_top] float32; -inf behind num_top.
     """

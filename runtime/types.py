@@ -227,7 +227,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     token: str
     bytes: bytes
-    logprob: float | None  # None for the first prompt token, which nothing predicts
+    logprob: float | None  # None for the first prompt token, which nothing predicts, and behind broken logits
     top: tuple[TopLogprob, ...] = ()
 
 

@@ -7,7 +7,7 @@ the last bytes of a closing connection. Each of these holds memory for as long a
 import asyncio
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
@@ -51,8 +51,8 @@ class Connection(web.RequestHandler):
         self._waiting_bytes = 0
         self._ended = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, base_transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, base_transport)  # uvloop's is none by inheritance
         manager = self._manager
         if manager is not None and len(manager.connections) >= self._bounds.max_connections:
             self._turn_away(transport)
@@ -66,7 +66,7 @@ class Connection(web.RequestHandler):
             and sock.family in (socket.AF_INET, socket.AF_INET6)
         ):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        super().connection_made(transport)
+        super().connection_made(base_transport)
         self._await_head()
 
     def _turn_away(self, transport: asyncio.Transport) -> None:

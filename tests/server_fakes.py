@@ -1,4 +1,4 @@
-"""A runtime for the server's tests: real handles and mailboxes, a byte tokenizer, and an engine whose steps tests can hold.
+"""A runtime for the server's tests: real handles and mailboxes, a byte tokenizer, and steps that tests can hold.
 
 The answer to a prompt is known beforehand (`reply`), so that tests can state what must come out.
 """

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int PW = 2 * VL;             // output features per panel
 constexpr long BLOCK_K = 512;          // k per block: a panel's block (64 KiB) and some tiles of x stay in L2
-constexpr long BLOCK_M = 192;          // rows of x per block
+constexpr long BLOCK_M = 96;           // rows of x per block
 constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
 constexpr int WIDEN_TILES = 3;         // from so many tiles on, widening a bfloat16 block once pays
 constexpr long STREAM_AHEAD = 4096;    // bytes fetched ahead in the weight stream

@@ -114,7 +114,8 @@ class RandomWeights:
         decl = self._tensors[name]
         if decl.ones:
             return torch.ones(decl.shape, dtype=self._stored)
-        generator = torch.Generator().manual_seed(self._seed << 32 | zlib.crc32(name.encode()))
+        # torch's CPU generator takes in 32 bits of a seed only, so both go through one hash of that size.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         return torch.empty(decl.shape).normal_(0.0, _STD, generator=generator).to(self._stored)
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:

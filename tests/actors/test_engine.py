@@ -148,7 +148,7 @@ async def test_cancel_frees_within_a_step() -> None:
         done = model.num_forwards
         with pytest.raises(RequestCancelledError):
             await handle
-        assert made.scheduler.pool.num_free == made.scheduler.pool.num_usable
+        assert made.scheduler.residency.pool.num_free == made.scheduler.residency.pool.num_usable
         await asyncio.sleep(0)
         assert model.num_forwards == done
 

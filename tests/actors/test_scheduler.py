@@ -31,7 +31,7 @@ from millrace.runtime.kv.tables import BlockTables
 from millrace.runtime.messages import Admitted, Cancel, Closed, Flow, Started, TokensSampled
 from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.rows import TokenRows
-from millrace.runtime.scheduling import PrefillBudget
+from millrace.runtime.scheduling.budget import PrefillBudget
 from millrace.runtime.types import BLOCK_SIZE, Priority, choice_of, request_of
 
 
@@ -287,7 +287,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
         """As if somebody needed the blocks."""
-        holders = self.house.scheduler._preemptible()
+        holders = self.house.scheduler.residency.holders()
         if holders:
             self.house.scheduler._preempt(data.draw(st.sampled_from(holders)))
 

@@ -10,7 +10,6 @@ from server_fakes import FakeRuntime, Served, configured
 
 from millrace.server.app import start_server
 
-
 Start = Callable[..., Awaitable[Served]]
 
 

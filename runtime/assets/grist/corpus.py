@@ -254,8 +254,8 @@ EXAM = {
     "animals": 8,
     "stories": 12,
     "how-to": 8,
-    "identity": 6,
-    "smalltalk": 6,
+    "identity": 5,
+    "smalltalk": 7,
     "unknown": 6,
 }
 

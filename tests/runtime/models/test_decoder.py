@@ -46,7 +46,9 @@ def test_a_chunk_that_wants_no_logits_still_fills_the_cache() -> None:
     batch = ForwardBatch(
         tokens=torch.tensor(tokens[:19]),
         positions=torch.arange(19),
-        slot_mapping=torch.tensor([chunked.tables[0][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(19)]),
+        slot_mapping=torch.tensor(
+            [chunked.tables[0][at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(19)]
+        ),
         query_starts=torch.tensor([0, 19], dtype=torch.int32),
         context_lens=torch.tensor([19], dtype=torch.int32),
         block_tables=table,

@@ -1,14 +1,10 @@
-"""What the scheduler keeps of requests, sequences, rows and launched steps; the scheduler actor is their only writer."""
-
-import itertools
+"""What the scheduler keeps of requests, sequences and launched steps. The scheduler actor is the only writer."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from millrace.runtime.messages import Admitted, BlockUpdates
+from millrace.runtime.messages import Admitted
 from millrace.runtime.types import BLOCK_SIZE, Lane, SequenceId, sequence_id
-
-_EMPTY = np.empty(0, dtype=np.int32)
 
 
 def num_blocks(tokens: int) -> int:
@@ -43,9 +39,9 @@ class Sequence:
         "ended",
         "hashes",
         "history",
+        "leaving",
         "published",
         "request",
-        "retiring",
         "row",
         "seq",
         "table",
@@ -62,32 +58,10 @@ class Sequence:
         self.published = 0  # blocks of the table that can be found by their hash
         self.announced = False  # the prefill lane has the table
         self.ended = False
-        self.retiring = False  # row and blocks go as soon as no launched step names them
+        self.leaving = False  # row and blocks go as soon as no launched step names them
 
     def __lt__(self, other: "Sequence") -> bool:
         return (self.request.key, self.seq) < (other.request.key, other.seq)
-
-
-class Rows:
-    """Columns per row, [max_rows]; all counts are positions of the sequence in the row.
-
-    known       tokens whose ids have reached the host (prompt and output)
-    computed    positions whose keys and values are computed or launched
-    confirmed   positions whose step has reported
-    target      positions to compute before the last token is drawn
-    inflight    launched steps that name the row and have not reported
-    """
-
-    def __init__(self, max_rows: int, max_model_len: int) -> None:
-        self.known = np.zeros(max_rows, dtype=np.int64)
-        self.computed = np.zeros(max_rows, dtype=np.int64)
-        self.confirmed = np.zeros(max_rows, dtype=np.int64)
-        self.target = np.zeros(max_rows, dtype=np.int64)
-        self.inflight = np.zeros(max_rows, dtype=np.int32)
-        # Pages of rows and positions that are never reached are never committed.
-        self.history = np.zeros((max_rows, max_model_len + 1), dtype=np.int32)
-        self.owner: list[Sequence | None] = [None] * max_rows
-        self.free = list(range(max_rows - 1, -1, -1))
 
 
 class Step:
@@ -103,6 +77,11 @@ class Step:
         self.num_tokens = num_tokens
         self.ends = ends  # [num_seqs] positions confirmed once it reports; None: one more each
 
+    def rows_of(self, seqs: list[SequenceId]) -> NDArray[np.int32]:
+        """Rows of some of the step's sequences, [len(seqs)]."""
+        rows = {sequence.seq: row for sequence, row in zip(self.sequences, self.rows.tolist(), strict=True)}
+        return np.array([rows[seq] for seq in seqs], dtype=np.int32)
+
 
 class SchedulerStats:
     """Counts for metrics and health; written here, read by whoever reports."""
@@ -116,42 +95,3 @@ class SchedulerStats:
         self.last_launch = 0.0  # world.now() when a step was last launched with none before it
         self.longest_step = 0.0  # seconds
         self.prefill_budget = 0
-
-
-class PrefillBudget:
-    """How many prompt tokens one prefill step may hold.
-
-    While sequences decode, a prefill step delays their next token by its own duration, so the chunk is what the
-    measured rate allows within the inter-token target. Nobody decoding: the full chunk.
-    """
-
-    SMALLEST = 32  # tokens; smaller steps cost more in overhead than they spare in delay
-
-    def __init__(self, most: int, target_seconds: float) -> None:
-        self._most = most
-        self._target = target_seconds
-        self._rate = 0.0  # tokens per second, smoothed
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        if tokens >= self.SMALLEST and seconds > 0:
-            rate = tokens / seconds
-            self._rate = rate if self._rate == 0.0 else 0.7 * self._rate + 0.3 * rate
-
-    def tokens(self, *, decoding: bool) -> int:
-        if not decoding or self._target == 0 or self._rate == 0:
-            return self._most
-        return max(self.SMALLEST, min(self._most, int(self._rate * self._target)))
-
-
-def block_updates(entries: list[tuple[int, int, list[int]]]) -> BlockUpdates:
-    """Columns from (row, first index, blocks)."""
-    if not entries:
-        return BlockUpdates(_EMPTY, _EMPTY, _EMPTY)
-    counts = [len(blocks) for _, _, blocks in entries]
-    rows = np.repeat(np.array([row for row, _, _ in entries], dtype=np.int32), counts)
-    indices = [range(first, first + len(blocks)) for _, first, blocks in entries]
-    return BlockUpdates(
-        rows,
-        np.fromiter(itertools.chain.from_iterable(indices), dtype=np.int32, count=len(rows)),
-        np.fromiter(itertools.chain.from_iterable(blocks for _, _, blocks in entries), dtype=np.int32, count=len(rows)),
-    )
