@@ -41,6 +41,8 @@ class Decode:
         self._tables = tables
         self._tokens = tokens
         self._positions = np.zeros(tokens.max_rows, dtype=np.int64)  # [max_rows], of the next input token
+        self._ramp = torch.arange(tokens.max_rows, dtype=torch.int64)  # 0, 1, 2, ...: logits of every row
+        self._starts = torch.arange(tokens.max_rows + 1, dtype=torch.int32)  # one query token per sequence
         self._inbox = inbox
         self._sampler = sampler
         self._plans: deque[DecodePlan] = deque()
@@ -86,16 +88,15 @@ class Decode:
         batch = len(rows)
         positions = self._positions[rows]  # [batch]
         longest = int(positions.max()) + 1
-        every = torch.arange(batch)
         output.logits = self._model.forward(
             ForwardBatch(
                 tokens=torch.from_numpy(self._tokens.gather(rows)),
                 positions=torch.from_numpy(positions),
                 slot_mapping=torch.from_numpy(self._tables.slots(rows, positions, BLOCK_SIZE)),
-                query_starts=torch.arange(batch + 1, dtype=torch.int32),
+                query_starts=self._starts[: batch + 1],
                 context_lens=torch.from_numpy((positions + 1).astype(np.int32)),
                 block_tables=torch.from_numpy(self._tables.gather(rows, -(-longest // BLOCK_SIZE))),
-                logits_indices=every,
+                logits_indices=self._ramp[:batch],
                 max_query_len=1,
                 max_context_len=longest,
             ),

@@ -61,7 +61,8 @@ class Sampler:
         self._joined: set[int] = set()
         # On the host, [max_rows]:
         rows = tokens.max_rows
-        self._eos = np.array(eos_token_ids, dtype=np.int32)
+        self._is_eos = np.zeros(state.vocab_size, dtype=bool)  # [vocab_size]
+        self._is_eos[list(eos_token_ids)] = True
         self._num_output = np.zeros(rows, dtype=np.int32)
         self._max_new = np.zeros(rows, dtype=np.int32)
         self._stops_at_eos = np.zeros(rows, dtype=bool)
@@ -147,18 +148,19 @@ class Sampler:
                 drawn[index] = False
                 self._ended[rows[index]] = True
                 finished.append(Finished(index, FinishReason.FAILED, error=RequestFailedError(reason).info()))
-        for index in np.flatnonzero(drawn & (self._max_new[rows] == 0)).tolist():
+        max_new = self._max_new[rows]
+        for index in (drawn & (max_new == 0)).nonzero()[0].tolist():
             drawn[index] = False
             self._ended[rows[index]] = True
             finished.append(Finished(index, FinishReason.LENGTH))
         self._num_output[rows] += drawn
-        at_eos = np.isin(sampled.tokens, self._eos) & self._stops_at_eos[rows]
+        at_eos = self._is_eos[sampled.tokens] & self._stops_at_eos[rows]  # a broken row's -1 is masked by `drawn`
         at_stop = np.zeros(len(rows), dtype=bool)
         if self._stop_ids:
             for index, row in enumerate(rows.tolist()):
                 at_stop[index] = row in self._stop_ids and int(sampled.tokens[index]) in self._stop_ids[row]
-        at_length = self._num_output[rows] >= self._max_new[rows]
-        for index in np.flatnonzero(drawn & (at_eos | at_stop | at_length)).tolist():
+        at_length = self._num_output[rows] >= max_new
+        for index in (drawn & (at_eos | at_stop | at_length)).nonzero()[0].tolist():
             self._ended[rows[index]] = True
             if at_eos[index] or at_stop[index]:
                 finished.append(Finished(index, FinishReason.STOP, stop_id=int(sampled.tokens[index])))

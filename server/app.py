@@ -67,11 +67,13 @@ class Server:
 
     Attributes:
         url: where it listens, with the port that it got.
+        context: what its handlers share.
     """
 
     def __init__(self, runtime: RuntimeFace, runner: web.AppRunner, listener: asyncio.Server, host: str) -> None:
         self._runtime = runtime
         self._runner = runner
+        self.context = runner.app[CONTEXT]
         self._listener = listener
         self.port: int = listener.sockets[0].getsockname()[1]
         self.url = f"http://{_shown(host)}:{self.port}"

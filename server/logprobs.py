@@ -1,5 +1,6 @@
 """Log probabilities in the three shapes that clients read: chat, legacy completions, and vLLM's prompt_logprobs."""
 
+import codecs
 from collections.abc import Iterable, Sequence
 
 from millrace.runtime.types import TokenLogprob, TopLogprob
@@ -38,17 +39,27 @@ def _legacy_name(token: TokenLogprob | TopLogprob) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
 
 
-def legacy_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, object]:
-    """`choices[].logprobs` of a legacy completion; `offset` is where the first token stands in the choice's text.
+class TextOffset:
+    """Where the next token stands in a choice's text, in characters; a part of a character adds none until its last."""
+
+    def __init__(self, offset: int = 0) -> None:
+        self._offset = offset
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+
+    def advance(self, data: bytes) -> int:
+        """The offset of a token with these bytes."""
+        offset = self._offset
+        self._offset += len(self._decoder.decode(data))
+        return offset
+
+
+def legacy_logprobs(tokens: Sequence[TokenLogprob], offset: TextOffset) -> dict[str, object]:
+    """`choices[].logprobs` of a legacy completion; `offset` is where the first token stands, and is moved on.
 
     A token's alternatives always hold the token itself, as OpenAI's do: with k asked for there are k or k + 1. A token
     that nothing predicts, the first of the prompt, has null for both.
     """
     names = [_legacy_name(token) for token in tokens]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.bytes.decode(errors="ignore"))
     return {
         "tokens": names,
         "token_logprobs": [_floor(token.logprob) for token in tokens],
@@ -58,7 +69,7 @@ def legacy_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, ob
             else {**{_legacy_name(top): _floor(top.logprob) for top in token.top}, name: _floor(token.logprob)}
             for name, token in zip(names, tokens, strict=True)
         ],
-        "text_offset": offsets,
+        "text_offset": [offset.advance(token.bytes) for token in tokens],
     }
 
 

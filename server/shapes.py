@@ -10,7 +10,7 @@ import msgspec
 
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.types import Choice, Completion, Delta, FinishReason, TokenLogprob, Usage
-from millrace.server.logprobs import chat_logprobs, legacy_logprobs, prompt_logprobs
+from millrace.server.logprobs import TextOffset, chat_logprobs, legacy_logprobs, prompt_logprobs
 
 _encode = msgspec.json.Encoder().encode
 _SLOT = "\x00text\x00"  # stands in a template where the text goes; it cannot occur in an encoded object elsewhere
@@ -115,7 +115,7 @@ class CompletionFormat:
         self._n = n
         self._echo = echo
         self._logprobs = logprobs
-        self._offsets: dict[int, int] = {}  # characters of each choice that have been written
+        self._offsets: dict[int, TextOffset] = {}  # of each choice, behind what has been written
 
     def chunk_choice(self, index: int, text: str, logprobs: object, finish: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
@@ -125,17 +125,15 @@ class CompletionFormat:
             return []
         text = self._echo[index // self._n]
         tokens = handle.mailbox.prompt_logprobs
-        shown = legacy_logprobs(tokens, 0) if self._logprobs and tokens is not None else None
-        self._offsets[index] = len(text)
+        shown = legacy_logprobs(tokens, TextOffset()) if self._logprobs and tokens is not None else None
+        self._offsets[index] = TextOffset(len(text))
         return [self.chunk_choice(index, text, shown, None)]
 
     def finish_apart(self) -> bool:
         return False
 
     def logprobs(self, index: int, tokens: tuple[TokenLogprob, ...]) -> object:
-        offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + sum(len(token.bytes.decode(errors="ignore")) for token in tokens)
-        return legacy_logprobs(tokens, offset)
+        return legacy_logprobs(tokens, self._offsets.setdefault(index, TextOffset()))
 
     def whole(self, completions: Sequence[Completion], name: str, created: int, probe: bool) -> bytes:
         """A text completion; `probe` adds vLLM's prompt_logprobs to each choice."""
@@ -161,7 +159,7 @@ class CompletionFormat:
         written: dict[str, Any] = {
             "index": number * self._n + choice.index,
             "text": echo + choice.text,
-            "logprobs": legacy_logprobs(tokens, 0) if self._logprobs else None,
+            "logprobs": legacy_logprobs(tokens, TextOffset()) if self._logprobs else None,
             "finish_reason": finish_reason(choice.finish_reason),
             "stop_reason": choice.stop_reason,
         }

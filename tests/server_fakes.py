@@ -130,7 +130,6 @@ class FakeRuntime:
     created: int = CREATED
     reply: Callable[[str, int], bytes] = lambda prompt, choice: f"answer {choice} to {prompt}".encode()
     auto: bool = True
-    max_tokens_per_step: int = 1
     fail_at: int | None = None
     refuse: MillraceError | None = None
     state: FakeHealth = FakeHealth("ready", True)

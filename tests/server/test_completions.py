@@ -131,7 +131,7 @@ async def test_logprobs_of_drawn_tokens_follow_those_of_the_prompt(served: Serve
     _, _, body = await served.post(PATH, request)
     scores = body["choices"][0]["logprobs"]
     assert scores["tokens"] == ["a", "b", "bytes:\\xc3", "bytes:\\xa9", "!"]
-    assert scores["text_offset"] == [0, 1, 2, 2, 2]  # the parts of a character have no place of their own
+    assert scores["text_offset"] == [0, 1, 2, 2, 3]  # a character counts with its last part
     assert len(scores["top_logprobs"][1]) == 2
     _, _, raw = await served.raw(PATH, json.dumps({**request, "stream": True}).encode())
     tokens = [t for c in events(raw) if (s := c["choices"][0]["logprobs"]) for t in s["tokens"]]

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from millrace.runtime.assets.grist.corpus import TRAIN_SEED, Conversation, make_conversation
-from millrace.runtime.assets.grist.model import END, PAD, Grist, Shape, load
+from millrace.runtime.assets.grist.model import END, PAD, SPECIAL_TOKENS, Grist, Shape, load
 from millrace.runtime.assets.grist.text import encode_conversations, save_text_files, train_tokenizer
 
 ROW = 256  # tokens per packed row
@@ -105,12 +105,15 @@ class Batches:
             row.append(self._waiting.pop(best))
             room -= len(row[-1][0])
 
-    def packed(self, rows: int, length: int = ROW) -> Batch:
-        """A batch of rows filled with whole conversations."""
+    def packed(self, rows: int, drills: int = 0, length: int = ROW) -> Batch:
+        """A batch of rows filled with whole conversations, but for the first `drills` of them."""
         ids = torch.full((rows, length), PAD)
         learned = torch.zeros((rows, length), dtype=torch.bool)
         number = torch.full((rows, length), -1)
         for r in range(rows):
+            if r < drills:
+                ids[r], learned[r], number[r] = self.drill(length)
+                continue
             at = 0
             for n, (sample, marks) in enumerate(self._row(length)):
                 end = at + len(sample)
@@ -119,6 +122,13 @@ class Batches:
                 number[r, at:end] = n
                 at = end
         return ids, learned, number
+
+    def drill(self, length: int = ROW) -> Batch:
+        """Random tokens said again and again: what follows the first round can be learned by looking back, and only so."""
+        period = self._rng.randint(6, length // 3)
+        once = torch.tensor(self._rng.choices(range(len(SPECIAL_TOKENS), self._tokenizer.get_vocab_size()), k=period))
+        ids = once.repeat(length // period + 1)[:length]
+        return ids, torch.arange(length) > period, torch.zeros(length, dtype=torch.long)
 
     def long(self, length: int) -> Batch:
         """One conversation of `length` tokens; it is cut where it would be longer."""
@@ -193,7 +203,8 @@ def train(
         if done >= 1:
             break
         is_long = step % LONG_EVERY == 0 and done > LONG_AFTER
-        batch = batches.long(ROW * (2, 4, 6, 8)[step // LONG_EVERY % 4]) if is_long else batches.packed(rows)
+        drills = 2 if done < 0.35 else 1 if done < 0.7 else 0
+        batch = batches.long(ROW * (2, 4, 6, 8)[step // LONG_EVERY % 4]) if is_long else batches.packed(rows, drills)
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(others, 1.0)
@@ -207,10 +218,11 @@ def train(
         average += (loss.item() - average) * (1.0 if step == 1 else 0.05)
         now = time.monotonic()
         if step % 50 == 0:
-            print(
-                f"step {step}  {total / 1e6:.2f} M tokens  {total / (now - start):.0f}/s  loss {average:.3f}",
-                flush=True,
-            )
+            with torch.no_grad():
+                ids, learned, number = batches.drill()
+                copying = loss_of(model, (ids[None], learned[None], number[None])).item()
+            speed = f"{total / 1e6:.2f} M tokens  {total / (now - start):.0f}/s"
+            print(f"step {step}  {speed}  loss {average:.3f}  copying {copying:.3f}", flush=True)
         if now - saved > 60 * save_minutes:
             export(model, tokenizer, folder)
             saved = now

@@ -1,0 +1,174 @@
+"""What a step costs besides the arithmetic: CPU microseconds of scheduler, decode, sampler and streamer per step.
+
+    python bench/step_overhead.py [--json FILE]
+
+Model and sampling do nothing, the device runs everything at the launch, and all of it happens on one thread, so that
+the thread's CPU time divided by the number of steps is what the engine costs: scheduling, building the batch, reading
+back, ending sequences, detokenising and delivering to mailboxes.
+"""
+
+import argparse
+import asyncio
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvloop
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+from rich.table import Table
+
+from millrace.runtime import engine as engine_module
+from millrace.runtime.config import load_config
+from millrace.runtime.device import NullDevice
+from millrace.runtime.engine import Engine
+from millrace.runtime.log import make_logger
+from millrace.runtime.models.base import ForwardBatch, ModelSpec
+from millrace.runtime.plan import MemoryPlan
+from millrace.runtime.sampling.batch import Sampled
+from millrace.runtime.text.chat import ChatTemplate
+from millrace.runtime.text.tokenizer import Tokenizer
+from millrace.runtime.types import Priority, SamplingParams, TokensPrompt
+from millrace.runtime.weights.resolve import resolve_model
+from millrace.runtime.world import AsyncioWorld
+
+VOCAB = 256
+BUDGET_US, BUDGET_US_PER_ROW = 300.0, 2.0
+
+
+class NullModel:
+    """Logits that are there already: zeros."""
+
+    def __init__(self, max_model_len: int) -> None:
+        self.spec = ModelSpec(
+            architecture="null",
+            vocab_size=VOCAB,
+            hidden_size=1,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=1,
+            max_model_len=max_model_len,
+        )
+        self.device = torch.device("cpu")
+        self.weight_bytes = 0
+        self.kv_bytes_per_token = 1
+        self._logits = torch.zeros(4096, VOCAB)
+
+    def allocate_kv(self, num_blocks: int) -> Any:
+        return None
+
+    def forward(self, batch: ForwardBatch, kv: Any) -> torch.Tensor:
+        return self._logits[: len(batch.logits_indices)]
+
+    def copy_blocks(self, kv: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        return None
+
+
+class NullSampling:
+    """Draws token 1 for everybody: sampling is arithmetic too."""
+
+    def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.vocab_size = vocab_size
+        self._tokens = np.ones(max_rows, dtype=np.int32)
+        self._none = np.empty(0, dtype=np.int64)
+
+    def join(self, *args: Any) -> None:
+        return None
+
+    def sample(self, logits: torch.Tensor, rows: Any, logits_index: Any) -> Sampled:
+        return Sampled(self._tokens[: len(rows)], None, self._none, ())
+
+
+async def measure(batch: int, steps: int) -> float:
+    """CPU microseconds per decode step at this batch size."""
+    world = AsyncioWorld()
+    config = load_config(None, {"scheduler.max_num_seqs": batch, "log.level": "error"})
+    length = steps + 64
+    blocks = batch * (length // 16 + 2) + 1
+    engine = Engine(
+        config=config,
+        world=world,
+        device=NullDevice(world),
+        model=NullModel(length),
+        plan=MemoryPlan(
+            total=0,
+            weights=0,
+            kv_cache=0,
+            kv_per_token=1,
+            num_blocks=blocks,
+            max_model_len=length,
+            max_num_seqs=batch,
+        ),
+        tokenizer=Tokenizer.load(resolve_model().path),
+        template=ChatTemplate({}, {}),
+        model_name="null",
+        registry=CollectorRegistry(),
+        log=make_logger(config.log),
+    )
+    engine.start()
+    sampling = SamplingParams(temperature=0.0, max_tokens=steps + 32, ignore_eos=True)
+    handles = [
+        engine.submit(
+            TokensPrompt([1, 2, 3]), sampling, priority=Priority.NORMAL, deadline=None, name="x", cache_salt=""
+        )
+        for _ in range(batch)
+    ]
+    for handle in handles:
+        handle.mailbox.collect()
+    stats = engine.scheduler.stats
+    while stats.steps["decode"] < 16:
+        await asyncio.sleep(0)
+    gc.collect()
+    gc.disable()
+    first, start = stats.steps["decode"], time.thread_time()
+    while stats.steps["decode"] < first + steps - 32:
+        await asyncio.sleep(0)
+    cost = (time.thread_time() - start) / (stats.steps["decode"] - first)
+    gc.enable()
+    for handle in handles:
+        handle.cancel()
+    await engine.stop()
+    await world.close()
+    return cost * 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--runs", type=int, default=5, help="runs of each batch, interleaved; the median counts")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    engine_module.SamplerState = NullSampling  # type: ignore[assignment,misc]
+    costs: dict[int, list[float]] = {batch: [] for batch in args.batches}
+    for _ in range(args.runs):
+        for batch in args.batches:
+            costs[batch].append(uvloop.run(measure(batch, args.steps)))
+    table = Table(title="CPU per decode step without the arithmetic, microseconds")
+    for column in ("batch", "median", "fastest", "slowest", "per row", "budget", "of budget"):
+        table.add_column(column, justify="right")
+    rows = []
+    for batch, values in costs.items():
+        median = statistics.median(values)
+        budget = BUDGET_US + BUDGET_US_PER_ROW * batch
+        rows.append({"batch": batch, "median_us": median, "runs_us": values, "budget_us": budget})
+        cells = (median, min(values), max(values))
+        table.add_row(
+            str(batch), *(f"{cell:.0f}" for cell in cells), f"{median / batch:.2f}", f"{budget:.0f}", f"{median / budget:.2f}"
+        )
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"bench": "step_overhead", "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
