@@ -6,6 +6,7 @@ the last bytes of a closing connection. Each of these holds memory for as long a
 
 import asyncio
 import socket
+import struct
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -142,7 +143,12 @@ class Connection(web.RequestHandler):
         if self._peer is None:
             return
         if self._peer.get_write_buffer_size() >= self._waiting_bytes:
-            self._peer.abort()  # it read nothing for the whole time: its requests are cancelled as for one who left
+            # It read nothing for the whole time: its requests are cancelled as for one who left. A reset, because the
+            # kernel would keep what it has for a peer that does not read.
+            sock = self._peer.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._peer.abort()
         else:
             self._watch_stall()
 

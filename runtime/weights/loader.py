@@ -1,5 +1,7 @@
 """From a folder, or from nothing, to a model: all names and shapes are checked before any weight is read."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,15 @@ class _CheckpointWeights:
 
     def release(self) -> None:
         self._checkpoint.release()
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps the pages of freed staging buffers: 13 % of a 0.5B checkpoint stayed resident without this."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _match(decl: DecoderDecl, checkpoint: Checkpoint, path: Path) -> dict[str, str]:

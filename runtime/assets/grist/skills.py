@@ -2,8 +2,8 @@
 
 A question is held out when a hash of its *normal form* (lower case, no punctuation, contractions opened, courtesies
 dropped) falls into the held-out share. The normal form stands for all spellings of the question, so no spelling of a
-held-out one can reach the training text. Sums of longer numbers, and names, are held out as such: a held-out sum is in no training
-question and no training answer, whichever way round it is put.
+held-out one can reach the training text. Sums of longer numbers, and names, are held out as such: a held-out sum is in
+no training question and no training answer, whichever way round it is put.
 """
 
 from __future__ import annotations
