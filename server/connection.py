@@ -18,6 +18,7 @@ from millrace.server.errors import HttpError, error_response
 
 # Bytes that may wait unsent in the kernel. Without it megabytes of socket buffer hide that a client does not read.
 _UNSENT_BYTES = 32_768
+_RESET = struct.pack("ii", 1, 0)  # linger for no time at all
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 2\r\nConnection: close\r\n"
 
 

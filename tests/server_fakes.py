@@ -197,9 +197,10 @@ class FakeRuntime:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for something about the engine; each event there looks again."""
-        while not condition():
-            self._changed.clear()
-            await self._changed.wait()
+        async with asyncio.timeout(10):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
 
     def step(self, count: int = 1) -> None:
         """Runs steps: each gives every running choice a token."""

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from millrace.runtime.assets.grist.corpus import TRAIN_SEED, Conversation, make_conversation
-from millrace.runtime.assets.grist.model import END, PAD, SPECIAL_TOKENS, Grist, Shape, load
+from millrace.runtime.assets.grist.model import END, PAD, Grist, Shape, load
+from millrace.runtime.assets.grist.skills import make_name
 from millrace.runtime.assets.grist.text import encode_conversations, save_text_files, train_tokenizer
 
 ROW = 256  # tokens per packed row
@@ -124,11 +125,11 @@ class Batches:
         return ids, learned, number
 
     def drill(self, length: int = ROW) -> Batch:
-        """Random tokens said again and again: what follows the first round can be learned by looking back, and only so."""
-        period = self._rng.randint(6, length // 3)
-        once = torch.tensor(self._rng.choices(range(len(SPECIAL_TOKENS), self._tokenizer.get_vocab_size()), k=period))
-        ids = once.repeat(length // period + 1)[:length]
-        return ids, torch.arange(length) > period, torch.zeros(length, dtype=torch.long)
+        """Some names, again and again: from the second round on they can be known by looking back, and only so."""
+        names = "".join(f" {make_name(self._rng, False)}" for _ in range(self._rng.randint(3, 20)))
+        once = torch.tensor(self._tokenizer.encode(names, add_special_tokens=False).ids[: length // 2])
+        ids = once.repeat(length // len(once) + 1)[:length]
+        return ids, torch.arange(length) > len(once), torch.zeros(length, dtype=torch.long)
 
     def long(self, length: int) -> Batch:
         """One conversation of `length` tokens; it is cut where it would be longer."""
@@ -194,7 +195,10 @@ def train(
     export(model, tokenizer, folder)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    # A large epsilon: else the slight push away from tokens that did not come up is blown up to full steps, and all rare
+    # tokens drift to one and the same place, where they cannot be told apart or copied.
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), eps=5e-5, weight_decay=0.0, fused=True)
     batches = Batches(tokenizer, seed)
     start = saved = time.monotonic()
     total, average = 0, 0.0
