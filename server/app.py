@@ -22,6 +22,7 @@ from millrace.server.websocket import chat_socket
 KEEPALIVE_S = 75.0  # an idle connection stays open this long: longer than common proxies keep theirs
 LINGER_S = 5.0  # for the rest of a body that was refused, so that the client gets to read why
 MAX_HEADERS = 128
+CLOSE_S = 0.5  # for handlers to end after they were cancelled; grace comes before that, in `Server.stop`
 BACKLOG = 1024  # connections that the kernel holds until they are accepted
 
 
@@ -58,8 +59,8 @@ def make_app(runtime: RuntimeFace, *, host: str | None = None, page: bool = True
 
 
 async def _close_sockets(app: web.Application) -> None:
-    for socket in list(app[CONTEXT].sockets):
-        await socket.close(code=1001, message=b"the server stops")
+    sockets = app[CONTEXT].sockets
+    await asyncio.gather(*(socket.close(code=1001, message=b"the server stops") for socket in sockets))
 
 
 class Server:
@@ -77,6 +78,12 @@ class Server:
         self._listener = listener
         self.port: int = listener.sockets[0].getsockname()[1]
         self.url = f"http://{_shown(host)}:{self.port}"
+
+    @property
+    def connections(self) -> list[web.RequestHandler]:
+        """The open connections."""
+        manager = self._runner.server
+        return [] if manager is None else manager.connections
 
     async def stop(self, grace_s: float | None = None) -> bool:
         """Lets open requests finish for `grace_s` seconds (`server.shutdown_grace_s` if None), then closes.
@@ -112,7 +119,7 @@ async def start_server(
     host = config.server.host if host is None else host
     port = config.server.port if port is None else port
     logger = logging.getLogger("millrace.server")
-    runner = web.AppRunner(make_app(runtime, host=host, page=page), handler_cancellation=True, shutdown_timeout=2.0)
+    runner = web.AppRunner(make_app(runtime, host=host, page=page), handler_cancellation=True, shutdown_timeout=CLOSE_S)
     await runner.setup()
     manager = runner.server
     assert manager is not None

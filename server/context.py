@@ -4,11 +4,11 @@ import secrets
 import time
 from typing import Any
 
-import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from millrace.runtime.config import Limits
+from millrace.runtime.log import make_logger
 from millrace.server.face import RuntimeFace
 
 _NAMES_LOGGED = 256  # distinct unknown field names that one server logs; a client could send any number
@@ -45,7 +45,7 @@ class Context:
         self.origins = frozenset(origin.rstrip("/").lower() for origin in runtime.config.server.allowed_origins)
         self.metrics = ServerMetrics()
         self.ping_s = 15.0
-        self.log = structlog.get_logger("millrace.server")
+        self.log = make_logger(runtime.config.log)
         self.sockets: set[web.WebSocketResponse[Any]] = set()
         self._unknown_logged: set[str] = set()
 

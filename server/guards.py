@@ -46,7 +46,7 @@ def check_host(request: web.Request, context: Context) -> None:
     """Raises HttpError 403 for a Host header with a foreign name."""
     if context.hosts is None:
         return
-    name = urlsplit(f"//{request.headers.get(hdrs.HOST, '')}").hostname or ""
+    name = _host_name(request.headers.get(hdrs.HOST, ""))
     if name in context.hosts or name.endswith(".localhost"):
         return
     try:
@@ -58,6 +58,13 @@ def check_host(request: web.Request, context: Context) -> None:
             f"the Host {name[:128]!r} is not a name of this server, which listens on the loopback address; "
             "add its origin to server.allowed_origins if it is meant",
         ) from None
+
+
+def _host_name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def check_origin(request: web.Request, context: Context) -> str | None:

@@ -262,10 +262,10 @@ class ChatSocket:
 async def chat_socket(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     response: web.WebSocketResponse[Any] = web.WebSocketResponse(
-        timeout=5.0,
+        timeout=2.0,  # for the client's half of the closing handshake
         # A ping is answered only after all that waits before it, so it gets as long as any reading does.
         heartbeat=2 * context.runtime.config.server.stall_timeout_s,
-        max_msg_size=context.limits.max_ws_message_bytes,
+        max_msg_size=context.limits.max_ws_message_bytes + 1,  # aiohttp's is the first size refused
         compress=False,
         decode_text=False,
     )
