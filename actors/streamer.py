@@ -5,6 +5,7 @@ It is the author of stop strings (docs/architecture.md, "One terminal event").
 
 import asyncio
 import math
+from itertools import compress
 
 from millrace.runtime.channel import Receiver, Sender
 from millrace.runtime.errors import MillraceError, RequestFailedError
@@ -145,19 +146,21 @@ class Streamer:
         now = self._world.now()
         first_waits: list[float] = []
         waits: list[float] = []
-        places = sampled.counts.nonzero()[0].tolist()
-        positions = sampled.positions.tolist()
-        for place, token in zip(places, sampled.tokens.tolist(), strict=True):
-            choice = self._choices.get(sampled.seqs[place])
+        drawn = sampled.counts.tolist()
+        places = compress(range(len(drawn)), drawn)
+        positions = compress(sampled.positions.tolist(), drawn)
+        tokens = sampled.tokens.tolist()
+        for place, seq, position, token in zip(places, compress(sampled.seqs, drawn), positions, tokens, strict=True):
+            choice = self._choices.get(seq)
             if choice is None:
                 continue  # closed here already: a stop string, a cancel, or an error
-            if positions[place] != choice.num_tokens:
-                raise AssertionError(f"token {positions[place]} came after {choice.num_tokens} tokens")
-            if choice.num_tokens:
+            if position != choice.num_tokens:
+                raise AssertionError(f"token {position} came after {choice.num_tokens} tokens")
+            if position:
                 waits.append(now - choice.last_at)
             else:
                 first_waits.append(now - choice.stream.opened_at)
-            choice.num_tokens += 1
+            choice.num_tokens = position + 1
             choice.last_at = now
             # The id that ends a text is no part of it, unless its owner asked to see where it stopped.
             hidden = place in stop_ids and not choice.stream.sampling.include_stop
@@ -166,8 +169,8 @@ class Streamer:
             if choice.stops is None:
                 choice.mailbox.push(choice.index, text, token, logprobs.get(place))
             else:
-                self._push_with_stops(sampled.seqs[place], choice, text, token, logprobs.get(place))
-        self._metrics.tokens_generated.inc(len(places))
+                self._push_with_stops(seq, choice, text, token, logprobs.get(place))
+        self._metrics.tokens_generated.inc(len(tokens))
         self._metrics.inter_token.observe(waits)
         self._metrics.time_to_first_token.observe(first_waits)
 

@@ -75,6 +75,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_timeout_s: Annotated[
         float, Meta(gt=0, le=3600, description="a client that reads nothing for this long is disconnected")
     ] = 30.0
+    flush_interval_ms: Annotated[
+        float, Meta(ge=0, le=1000, description="a stream writes at most this often; tokens between share a write")
+    ] = 5.0
     shutdown_grace_s: Annotated[
         float, Meta(ge=0, le=3600, description="time that open streams get to finish when the server stops")
     ] = 20.0

@@ -1,8 +1,9 @@
 """Structured logs: a logger of one's own per runtime, never a change to the program's logging."""
 
+import io
 import logging
 import sys
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 import structlog
 
@@ -18,9 +19,22 @@ class Logger(Protocol):
     def error(self, event: str, **fields: Any) -> Any: ...
 
 
+class _Stderr(io.TextIOBase):
+    """Whatever sys.stderr is when a line is written: programs and tests put another one in its place."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+
 def make_logger(config: LogConfig, stream: TextIO | None = None) -> Logger:
     """A logger that writes to stderr (or `stream`); control characters in values arrive escaped."""
-    target = stream or sys.stderr
+    target = stream or _Stderr()
     renderer: Any = (
         structlog.processors.JSONRenderer() if config.json else structlog.dev.ConsoleRenderer(colors=target.isatty())
     )
@@ -31,7 +45,7 @@ def make_logger(config: LogConfig, stream: TextIO | None = None) -> Logger:
     if config.json:
         processors.append(structlog.processors.format_exc_info)
     logger: Logger = structlog.wrap_logger(
-        structlog.PrintLogger(target),
+        structlog.PrintLogger(cast(TextIO, target)),
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(config.level.upper())),
     )

@@ -168,6 +168,7 @@ async def serve(
         (second if first.is_set() else first).set()
 
     signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
     for number in signals:
         loop.add_signal_handler(number, asked)
     try:
@@ -184,6 +185,7 @@ async def serve(
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+            signal.signal(number, before[number])
         await server.close()
 
 

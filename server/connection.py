@@ -172,4 +172,6 @@ class Connection(web.RequestHandler):
         else:
             self.logger.error("a request failed outside of its handler", exc_info=exc)
             error = HttpError(500, "internal_error", "the server failed on this request", close=True)
-        return error_response(error)
+        response = error_response(error)
+        response.headers.update({"Connection": "close", "Server": "millrace"})
+        return response

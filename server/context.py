@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from millrace.runtime.config import Limits
 from millrace.runtime.log import make_logger
 from millrace.server.face import RuntimeFace
+from millrace.server.pacing import Pacer
 
 _NAMES_LOGGED = 256  # distinct unknown field names that one server logs; a client could send any number
 
@@ -36,6 +37,7 @@ class Context:
         hosts: names besides IP addresses that a Host header may carry; None admits any.
         origins: browser origins that may connect besides the server's own.
         ping_s: seconds of silence after which a stream sends a comment.
+        pacer: how often each stream writes.
     """
 
     def __init__(self, runtime: RuntimeFace, hosts: frozenset[str] | None) -> None:
@@ -45,6 +47,7 @@ class Context:
         self.origins = frozenset(origin.rstrip("/").lower() for origin in runtime.config.server.allowed_origins)
         self.metrics = ServerMetrics()
         self.ping_s = 15.0
+        self.pacer = Pacer(runtime.config.server.flush_interval_ms / 1000)
         self.log = make_logger(runtime.config.log)
         self.sockets: set[web.WebSocketResponse[Any]] = set()
         self._unknown_logged: set[str] = set()

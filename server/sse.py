@@ -6,7 +6,7 @@ request itself is paused in the end.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -63,6 +63,7 @@ class EventStream:
             running=self._usage if running else None,
         )
         self._include_usage = usage
+        self._pumps: list[Callable[[], None]] = []
         self._failure: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
         self._quiet = True  # nothing has been written since the last ping
@@ -77,7 +78,9 @@ class EventStream:
         if writer is None:
             raise RuntimeError("the response was sent before the stream began")
         for handle, base in zip(self._handles, self._bases, strict=True):
-            handle.mailbox.on_ready = self._pump(handle, base)
+            pump = self._pump(handle, base)
+            self._pumps.append(pump)
+            handle.mailbox.on_ready = self._context.pacer.pace(handle, pump)
         with self._context.metrics.streams.track_inprogress():
             while True:
                 self._pump_all()
@@ -130,7 +133,7 @@ class EventStream:
             or any(handle.error is not None for handle in self._handles)
         )
 
-    def _pump(self, handle: RequestHandle, base: int) -> Any:
+    def _pump(self, handle: RequestHandle, base: int) -> Callable[[], None]:
         """The callback of one request: runs in the streamer, once per step, and must not raise there."""
         protocol, transport, read, chunked = self._protocol, self._transport, self._chunks.read, self._chunked
 
@@ -156,9 +159,8 @@ class EventStream:
         return ready
 
     def _pump_all(self) -> None:
-        for handle in self._handles:
-            if handle.mailbox.on_ready is not None:
-                handle.mailbox.on_ready()
+        for pump in self._pumps:
+            pump()
 
     def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():

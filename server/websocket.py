@@ -168,7 +168,7 @@ class ChatSocket:
             running=(lambda: usage_object([handle.usage])) if job.continuous_usage else None,
         )
         run = self._runs[frame.id] = _Run(self, frame.id, handle, chunks, job.include_usage, frame.credits)
-        handle.mailbox.on_ready = run.ready
+        handle.mailbox.on_ready = self.context.pacer.pace(handle, run.ready)
         if handle.done:
             run.ready()
 

@@ -54,7 +54,7 @@ async def test_whole_answer(served: Served) -> None:
 
 
 async def test_stream_byte_by_byte(served: Served) -> None:
-    served.runtime.reply = lambda prompt, choice: "é\"".encode()
+    served.runtime.reply = lambda prompt, choice: 'é"'.encode()
     status, headers, body = await served.raw(
         PATH, json.dumps(chat(stream=True)).encode(), headers={"x-request-id": "x"}
     )
@@ -316,12 +316,12 @@ async def test_values_that_cannot_be_honoured_are_refused_by_name(
     assert (await served.post(PATH, chat()))[0] == 200  # and the server goes on
 
 
-async def test_unknown_fields_are_counted_and_logged_once(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_unknown_fields_are_counted_and_logged_once(capsys: pytest.CaptureFixture[str], served: Served) -> None:
     for _ in range(3):
         assert (await served.post(PATH, chat(wobble=1, user="u")))[0] == 200
     _, _, metrics = await served.get("/metrics")
     assert b"millrace_http_unknown_fields_total 3.0" in metrics
-    assert capsys.readouterr().out.count("wobble") == 1
+    assert capsys.readouterr().err.count("wobble") == 1
 
 
 async def test_unknown_model(served: Served) -> None:

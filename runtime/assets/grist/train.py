@@ -25,8 +25,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from millrace.runtime.assets.grist.corpus import TRAIN_SEED, Conversation, make_conversation
-from millrace.runtime.assets.grist.model import END, PAD, Grist, Shape, load
+from millrace.runtime.assets.grist.model import END, PAD, Grist, Shape
 from millrace.runtime.assets.grist.skills import make_name
+from millrace.runtime.assets.grist.start import initialise
 from millrace.runtime.assets.grist.text import encode_conversations, save_text_files, train_tokenizer
 
 ROW = 256  # tokens per packed row
@@ -34,6 +35,8 @@ LONG_EVERY = 10  # every tenth step sees a long conversation
 LONG_AFTER = 0.3  # share of the time after which long conversations begin: before, they would teach little
 
 # Token ids, which of them are learned (bool), and the number of the conversation in its row; each [rows, tokens].
+DRILL_UNTIL = 0.2  # share of the time during which one row of each step is a copying drill
+
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -156,16 +159,6 @@ def rate_at(done: float, warm: float = 0.02, fall: float = 0.5) -> float:
     return min(1.0, done / warm, (1.0 - done) / fall) if done < 1 else 0.0
 
 
-def initialise(model: Grist, seed: int) -> None:
-    """Small random weights; what writes to the stream is smaller with depth, so that the sum keeps its size."""
-    generator = torch.Generator().manual_seed(seed)
-    depth = (2 * model.shape.num_hidden_layers) ** -0.5
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(parameter, std=0.02 * (depth if is_output else 1.0), generator=generator)
-
-
 def export(model: Grist, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the checkpoint folder; weights become bf16."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,18 +173,12 @@ def export(model: Grist, tokenizer: Tokenizer, folder: Path) -> None:
     save_text_files(tokenizer, folder)
 
 
-def train(
-    minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, start_from: Path | None = None
-) -> None:
-    """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`.
-
-    With `start_from`, go on from that checkpoint and its tokenizer, on the conversations of another seed.
-    """
-    if start_from is None:
-        tokenizer, model = train_tokenizer(Shape().vocab_size), Grist(Shape())
-        initialise(model, seed)
-    else:
-        tokenizer, model = Tokenizer.from_file(str(start_from / "tokenizer.json")), load(start_from).train()
+def train(minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, tokenizer: Tokenizer | None) -> None:
+    """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`."""
+    shape = Shape()
+    tokenizer = tokenizer or train_tokenizer(shape.vocab_size)
+    model = Grist(shape)
+    initialise(model, seed)
     export(model, tokenizer, folder)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
@@ -207,7 +194,7 @@ def train(
         if done >= 1:
             break
         is_long = step % LONG_EVERY == 0 and done > LONG_AFTER
-        drills = 2 if done < 0.35 else 1 if done < 0.7 else 0
+        drills = 1 if done < DRILL_UNTIL else 0
         batch = batches.long(ROW * (2, 4, 6, 8)[step // LONG_EVERY % 4]) if is_long else batches.packed(rows, drills)
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -243,13 +230,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TRAIN_SEED)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--save-minutes", type=float, default=5)
-    parser.add_argument("--start-from", type=Path, help="go on from the checkpoint in this folder")
+    parser.add_argument("--tokenizer", type=Path, help="keep this tokenizer.json instead of learning one")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    train(
-        arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, arguments.start_from
-    )
+    tokenizer = Tokenizer.from_file(str(arguments.tokenizer)) if arguments.tokenizer else None
+    train(arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, tokenizer)
 
 
 if __name__ == "__main__":
