@@ -21,7 +21,7 @@ from millrace.runtime.messages import (
     StreamerInbox,
     TokensSampled,
 )
-from millrace.runtime.sampling.batch import Sampled, SamplerState
+from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.rows import TokenRows
 from millrace.runtime.types import FinishReason, Lane, choice_of
 from millrace.runtime.world import World
@@ -122,9 +122,11 @@ class Sampler:
             self._ended[rows] = True
         elif len(rows):
             drawn = ~self._ended[rows]
-            finished = self._finish(rows, drawn, output.sampled)
+            finished = self._finish(ready, positions, drawn)
             counts = drawn.astype(np.int32)
-            tokens = output.sampled.tokens[drawn]
+            tokens = output.sampled.tokens
+            if len(finished) or not drawn.all():
+                tokens = tokens[drawn]
         return TokensSampled(
             lane=ready.lane,
             step=ready.step,
@@ -140,30 +142,35 @@ class Sampler:
             ready_at=self._world.now(),
         )
 
-    def _finish(self, rows: Column, drawn: Column, sampled: Sampled) -> tuple[Finished, ...]:
+    def _finish(self, ready: LogitsReady, positions: Column, drawn: Column) -> tuple[Finished, ...]:
         """Finds the sequences that ended with this step; rows without a token of their own are cleared in `drawn`."""
+        rows, sampled = ready.rows, ready.output.sampled
         finished: list[Finished] = []
         for index, reason in zip(sampled.bad_rows.tolist(), sampled.bad_reasons, strict=True):
             if drawn[index]:
                 drawn[index] = False
-                self._ended[rows[index]] = True
                 finished.append(Finished(index, FinishReason.FAILED, error=RequestFailedError(reason).info()))
-        max_new = self._max_new[rows]
-        for index in (drawn & (max_new == 0)).nonzero()[0].tolist():
-            drawn[index] = False
-            self._ended[rows[index]] = True
-            finished.append(Finished(index, FinishReason.LENGTH))
-        self._num_output[rows] += drawn
-        at_eos = self._is_eos[sampled.tokens] & self._stops_at_eos[rows]  # a broken row's -1 is masked by `drawn`
-        at_stop = np.zeros(len(rows), dtype=bool)
+        for index, join in enumerate(ready.joins):
+            if join.max_new_tokens == 0 and drawn[index]:
+                drawn[index] = False
+                finished.append(Finished(index, FinishReason.LENGTH))
+        num_output = positions + drawn
+        self._num_output[rows] = num_output
+        stopped = self._is_eos[sampled.tokens]  # a broken row's -1 is masked by `drawn`
+        stopped &= self._stops_at_eos[rows]
         if self._stop_ids:
             for index, row in enumerate(rows.tolist()):
-                at_stop[index] = row in self._stop_ids and int(sampled.tokens[index]) in self._stop_ids[row]
-        at_length = self._num_output[rows] >= max_new
-        for index in (drawn & (at_eos | at_stop | at_length)).nonzero()[0].tolist():
-            self._ended[rows[index]] = True
-            if at_eos[index] or at_stop[index]:
-                finished.append(Finished(index, FinishReason.STOP, stop_id=int(sampled.tokens[index])))
-            else:
-                finished.append(Finished(index, FinishReason.LENGTH))
+                if row in self._stop_ids and int(sampled.tokens[index]) in self._stop_ids[row]:
+                    stopped[index] = True
+        ended = num_output >= self._max_new[rows]
+        ended |= stopped
+        ended &= drawn
+        if ended.any():
+            for index in ended.nonzero()[0].tolist():
+                if stopped[index]:
+                    finished.append(Finished(index, FinishReason.STOP, stop_id=int(sampled.tokens[index])))
+                else:
+                    finished.append(Finished(index, FinishReason.LENGTH))
+        for end in finished:
+            self._ended[rows[end.index]] = True
         return tuple(finished)

@@ -331,8 +331,10 @@ class Scheduler:
     def _plan_decode(self) -> bool:
         rows = self._rows
         batch = self._batch
-        for row in batch.rows[rows.computed[batch.rows] >= rows.target[batch.rows]].tolist():
-            batch.leave(row)  # its last tokens are on their way
+        at_target = rows.computed[batch.rows] >= rows.target[batch.rows]
+        if at_target.any():
+            for row in batch.rows[at_target].tolist():
+                batch.leave(row)  # its last tokens are on their way
         if self._num_paused:
             for sequence in batch.sequences:
                 if sequence.request.paused:
@@ -356,7 +358,10 @@ class Scheduler:
     def _grow_batch(self, updates: list[Update]) -> None:
         """Gives the batch the blocks that its next tokens need; who gets none leaves until there is one."""
         rows = self._batch.rows
-        for row in rows[self._rows.computed[rows] % BLOCK_SIZE == 0].tolist():
+        at_border = self._rows.computed[rows] % BLOCK_SIZE == 0
+        if not at_border.any():
+            return
+        for row in rows[at_border].tolist():
             sequence = self._batch.get(row)
             if sequence is None:
                 continue  # preempted by one before it
@@ -439,18 +444,17 @@ class Scheduler:
             self._fail(step, sampled.error)
             return
 
-        if step.ends is None:
-            ends = rows.confirmed[step.rows] + 1
-            sampled_rows = step.rows
-        else:
-            ends = step.ends
+        self.residency.confirm(step)
+        sampled_rows = step.rows
+        if step.ends is not None:
             sampled_rows = step.rows_of(sampled.seqs)
             self._budget.observe(step.num_tokens, seconds)
-        self.residency.confirm(step.sequences, step.rows, ends)
-
-        drawn = sampled_rows[sampled.counts > 0]
-        rows.history[drawn, rows.known[drawn]] = sampled.tokens
-        rows.known[drawn] += 1
+        drawn = sampled_rows
+        if len(sampled.tokens) < len(drawn):
+            drawn = drawn[sampled.counts > 0]
+        known = rows.known[drawn]
+        rows.history[drawn, known] = sampled.tokens
+        rows.known[drawn] = known + 1
         if step.ends is not None:
             self._ready += [
                 sequence

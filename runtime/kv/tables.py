@@ -18,8 +18,10 @@ class BlockTables:
 
     def slots(self, rows: NDArray[np.int32], positions: NDArray[np.int64], block_size: int) -> NDArray[np.int64]:
         """Where each position of each row lies in the pool: block * block_size + offset. Same shape as the inputs."""
-        blocks = self._tables[rows, positions // block_size]
-        return blocks.astype(np.int64) * block_size + positions % block_size
+        index, offset = np.divmod(positions, block_size)
+        slots: NDArray[np.int64] = self._tables[rows, index] * np.int64(block_size)
+        slots += offset
+        return slots
 
     def gather(self, rows: NDArray[np.int32], num_blocks: int) -> NDArray[np.int32]:
         """Tables of some rows, [len(rows), num_blocks]; entries beyond a row's context are stale and not to be read."""

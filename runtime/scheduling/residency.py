@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
-from millrace.runtime.scheduling.records import Sequence, num_blocks
+from millrace.runtime.scheduling.records import Sequence, Step, num_blocks
 from millrace.runtime.types import BLOCK_SIZE
 
 
@@ -142,14 +142,15 @@ class Residency:
         self._leaving = waits
         return gone
 
-    def confirm(self, sequences: list[Sequence], rows: NDArray[np.int32], ends: NDArray[np.int64]) -> None:
-        """Positions up to `ends` [num_rows] are computed now: full blocks among them become findable."""
-        before = self.rows.confirmed[rows]
-        self.rows.confirmed[rows] = ends
+    def confirm(self, step: Step) -> None:
+        """What a step wrote is there now: full blocks among it become findable."""
+        before = self.rows.confirmed[step.rows]
+        ends = before + 1 if step.ends is None else step.ends
+        self.rows.confirmed[step.rows] = ends
         if self._hasher is not None:
-            for index in np.flatnonzero(before // BLOCK_SIZE != ends // BLOCK_SIZE).tolist():
-                if not sequences[index].leaving:
-                    self._publish(self._hasher, sequences[index], int(ends[index]) // BLOCK_SIZE)
+            for index in (before // BLOCK_SIZE != ends // BLOCK_SIZE).nonzero()[0].tolist():
+                if not step.sequences[index].leaving:
+                    self._publish(self._hasher, step.sequences[index], int(ends[index]) // BLOCK_SIZE)
 
     def check(self) -> None:
         """Raises AssertionError unless every row and block is accounted for."""

@@ -173,7 +173,9 @@ def export(model: Grist, tokenizer: Tokenizer, folder: Path) -> None:
     save_text_files(tokenizer, folder)
 
 
-def train(minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, tokenizer: Tokenizer | None) -> None:
+def train(
+    minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, tokenizer: Tokenizer | None = None
+) -> None:
     """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`."""
     shape = Shape()
     tokenizer = tokenizer or train_tokenizer(shape.vocab_size)
@@ -200,7 +202,7 @@ def train(minutes: float, folder: Path, rows: int, seed: int, save_minutes: floa
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(others, 1.0)
         rate = rate_at(done)
-        muon.step(0.02 * rate, decay=0.02)
+        muon.step(0.01 * rate, decay=0.02)
         for group in adam.param_groups:
             group["lr"] = 0.004 * rate
         adam.step()
