@@ -5,8 +5,8 @@
     python bench/serving.py --self --concurrency 8 --requests 32 --json result.json
 
 Closed loop: `concurrency` clients, each sends its next request when the last has ended. Open loop: requests arrive at
-`rate` per second whatever the server does, which is how users behave, and which shows queueing that a closed loop hides.
-Arrivals and prompts come from `seed`, so two runs send the same requests.
+`rate` per second whatever the server does, as users do, which shows the queueing that a closed loop hides. Arrivals
+and prompts come from `seed`, so two runs send the same requests.
 """
 
 import argparse
@@ -33,9 +33,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 WORDS = (
-    "river stone wheel water grain flour miller morning village bread summer winter bridge field horse window garden "
-    "letter story evening market mountain shadow lantern harbour forest"
-).split()
+    "river",
+    "stone",
+    "wheel",
+    "water",
+    "grain",
+    "flour",
+    "morning",
+    "village",
+    "bread",
+    "summer",
+    "garden",
+    "story",
+)
 START_LIMIT_S = 300  # for a server of one's own to become ready
 
 

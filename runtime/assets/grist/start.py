@@ -1,15 +1,16 @@
 """The weights that training starts from: small random numbers, and three layers that already know how to look back.
 
 To say back a name that it has never seen, a model must find where the name stands and repeat it piece by piece.
-Transformers learn that in two layers (a head that looks at the token before, and above it one that looks for what followed
-the last time: an "induction head"), but only after far more text than grist's few minutes can read. So one group of heads
-is born with it in each of three layers:
+Transformers learn that in two layers (a head that looks at the token before, and above it one that looks for what
+followed the last time: an "induction head"), but only after far more text than grist's few minutes can read. So one
+group of heads is born with it in each of three layers:
 
 - layer 0 copies what stood one, two and three tokens before into subspaces of its own;
 - layers 1 and 2 look for the place where the token before was the present one, and add what stands there to the output.
 
-Nothing is frozen: training uses and reshapes all of it. All embeddings share one added direction, which tied scores do not
-notice (softmax ignores a common shift), but which gives the heads of layer 0 something constant to turn with position.
+Nothing is frozen: training uses and reshapes all of it. All embeddings share one added direction, which tied scores
+do not notice (softmax ignores a common shift), but which gives the heads of layer 0 something constant to turn with
+position.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from millrace.runtime.assets.grist.model import Attention, Grist
 
-# Large beside what the layers write, so that deep layers still see which token stands where; the last norm starts small, to
-# bring the scores of the tied output back to a sensible size.
+# Large beside what the layers write, so that deep layers still see which token stands where; the last norm starts
+# small, to bring the scores of the tied output back to a sensible size.
 EMBEDDING_STD = 0.5
 LAST_NORM = 0.1
 LOOK_BACK = 41.0  # how sharply layer 0 looks at one place, in units of attention score times sqrt(head_dim)

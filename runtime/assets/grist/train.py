@@ -184,8 +184,8 @@ def train(
     export(model, tokenizer, folder)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
-    # A large epsilon: else the slight push away from tokens that did not come up is blown up to full steps, and all rare
-    # tokens drift to one and the same place, where they cannot be told apart or copied.
+    # A large epsilon: else the slight push away from tokens that did not come up is blown up to full steps, and all
+    # rare tokens drift to one and the same place, where they cannot be told apart or copied.
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), eps=5e-5, weight_decay=0.0, fused=True)
     batches = Batches(tokenizer, seed)
