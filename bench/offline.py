@@ -86,10 +86,10 @@ async def first_token_seconds(runtime: Runtime, prompt: list[int]) -> float:
     return time.perf_counter() - start
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[..., object], *arguments: object) -> float:
     gc.collect()
     start = time.perf_counter()
-    run()
+    run(*arguments)
     return time.perf_counter() - start
 
 
@@ -142,9 +142,9 @@ def measure(folder: Path, args: argparse.Namespace, runs: int, console: Console)
         cell = seconds[name] = {"millrace": [], **{peer: [] for peer in peers}}
         for index in range(count):
             salt = f"{name}-{index}"
-            cell["millrace"].append(timed(lambda: loop.run_until_complete(run_millrace(runtime, requests, salt))))
+            cell["millrace"].append(timed(loop.run_until_complete, run_millrace(runtime, requests, salt)))
             for peer, model in peers.items():
-                cell[peer].append(timed(lambda: run_transformers(model, requests)))
+                cell[peer].append(timed(run_transformers, model, requests))
             console.print(f"{name}: " + ", ".join(f"{who} {values[-1]:.1f} s" for who, values in cell.items()))
     prompt = uniform(1, 1024, 1, 4)[0].prompt
     prefix = []

@@ -4,7 +4,8 @@
 
 Model and sampling do nothing, the device runs everything at the launch, and all of it happens on one thread, so that
 the thread's CPU time divided by the number of steps is what the engine costs: scheduling, building the batch, reading
-back, ending sequences, detokenising and delivering to mailboxes.
+back, ending sequences, detokenising and delivering to mailboxes. Then what streaming through aiohttp costs on top
+(bench/stream_cost.py). Microseconds depend on the machine's mood: the cost of a fixed piece of Python is printed too.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import uvloop
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
+from stream_cost import measure as stream_cost
 
 from millrace.runtime import engine as engine_module
 from millrace.runtime.config import load_config
@@ -139,6 +141,19 @@ async def measure(batch: int, steps: int) -> float:
     return cost * 1e6
 
 
+def python_loop_ns() -> float:
+    """What one turn of an empty loop costs, the best of five: compare it before comparing microseconds."""
+    turns = 300_000
+
+    def once() -> float:
+        start = time.thread_time()
+        for _ in range(turns):
+            pass
+        return time.thread_time() - start
+
+    return min(once() for _ in range(5)) / turns * 1e9
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result to this file")
@@ -152,6 +167,7 @@ def main() -> int:
     for _ in range(args.runs):
         for batch in args.batches:
             costs[batch].append(uvloop.run(measure(batch, args.steps)))
+    console = Console()
     table = Table(title="CPU per decode step without the arithmetic, microseconds")
     for column in ("batch", "median", "fastest", "slowest", "per row", "budget", "of budget"):
         table.add_column(column, justify="right")
@@ -162,11 +178,26 @@ def main() -> int:
         rows.append({"batch": batch, "median_us": median, "runs_us": values, "budget_us": budget})
         cells = (median, min(values), max(values))
         table.add_row(
-            str(batch), *(f"{cell:.0f}" for cell in cells), f"{median / batch:.2f}", f"{budget:.0f}", f"{median / budget:.2f}"
+            str(batch),
+            *(f"{cell:.0f}" for cell in cells),
+            f"{median / batch:.2f}",
+            f"{budget:.0f}",
+            f"{median / budget:.2f}",
         )
-    Console().print(table)
+    console.print(table)
+    table = Table(title="CPU of the server process per streamed token, microseconds")
+    for column in ("streams", "steps", "per token"):
+        table.add_column(column, justify="right")
+    streaming = [uvloop.run(stream_cost(64, 400, step_ms)) for step_ms in (0, 8)]
+    for cost in streaming:
+        steps = f"{cost['step_ms']:g} ms apart" if cost["step_ms"] else "without a break"
+        table.add_row(f"{cost['streams']}", steps, f"{cost['us_cpu_per_token']:.1f}")
+    console.print(table)
+    loop_ns = python_loop_ns()
+    console.print(f"this machine now: {loop_ns:.0f} ns for one turn of an empty Python loop")
     if args.json:
-        args.json.write_text(json.dumps({"bench": "step_overhead", "rows": rows}, indent=1) + "\n")
+        result = {"bench": "step_overhead", "python_loop_ns": loop_ns, "rows": rows, "streaming": streaming}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -1,10 +1,12 @@
 """What a streamed token costs the server: CPU time of one process over an engine that costs nothing.
 
-    python bench/stream_cost.py [--streams 64] [--tokens 2000]
+    python bench/stream_cost.py [--streams 64] [--tokens 2000] [--flush-ms 0]
 
-A step gives each stream one token, as a decode step does; its mailbox pushes and the notification are counted too,
-because a server cannot stream without them. The client is another process, which reads raw bytes and parses nothing.
-The figure is the server process's CPU time (user and system) from the first step to the last, divided by the tokens.
+A step gives each stream one token, as a decode step does: either one step after the other without a break, so that
+tokens of several steps share a write (server.flush_interval_ms), or some milliseconds apart, so that every token is a
+write. Mailbox pushes and notifications are counted too, because a server cannot stream without them. The client is
+another process, which reads raw bytes and parses nothing. The figure is the server process's CPU time (user and
+system) from the first step to the last, divided by the tokens.
 """
 
 import argparse
@@ -28,8 +30,9 @@ from millrace.server.app import start_server
 class Engine:
     """A runtime that only streams: every step pushes one token to each open request."""
 
-    def __init__(self, streams: int, tokens: int) -> None:
+    def __init__(self, streams: int, tokens: int, step_s: float) -> None:
         self.config = load_config()
+        self._step_s = step_s
         self.model_name = "cost"
         self.max_model_len = 1 << 20
         self.created = 0
@@ -60,7 +63,7 @@ class Engine:
         cpu, wall = time.process_time(), time.perf_counter()
         for step in range(1, self._tokens):
             self._step(step)
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._step_s)
         self.result.set_result((time.process_time() - cpu, time.perf_counter() - wall))
         for mailbox in self._mailboxes:
             mailbox.finish(0, "", FinishReason.LENGTH)
@@ -92,8 +95,9 @@ while streams:
 """
 
 
-async def measure(streams: int, tokens: int) -> dict[str, float]:
-    engine = Engine(streams, tokens)
+async def measure(streams: int, tokens: int, step_ms: float) -> dict[str, float]:
+    """CPU microseconds of the server process per token."""
+    engine = Engine(streams, tokens, step_ms / 1000)
     server = await start_server(engine, "127.0.0.1", 0, page=False)
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, str(server.port), str(streams))
     try:
@@ -107,6 +111,8 @@ async def measure(streams: int, tokens: int) -> dict[str, float]:
     count = streams * (tokens - 1)
     return {
         "streams": streams,
+        "flush_ms": flush_ms,
+        "step_ms": step_ms,
         "tokens": count,
         "us_cpu_per_token": round(cpu / count * 1e6, 2),
         "tokens_per_second": round(count / wall),
@@ -116,10 +122,13 @@ async def measure(streams: int, tokens: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--tokens", type=int, default=2000, help="per stream")
+    parser.add_argument("--tokens", type=int, default=1000, help="per stream")
+    parser.add_argument("--step-ms", type=float, nargs="+", default=[0, 8], help="pause between two steps")
+    parser.add_argument("--flush-ms", type=float, default=0.0, help="server.flush_interval_ms; 0: a write per token")
     args = parser.parse_args()
-    for streams in args.streams:
-        print(json.dumps(uvloop.run(measure(streams, args.tokens))), flush=True)
+    for step_ms in args.step_ms:
+        for streams in args.streams:
+            print(json.dumps(uvloop.run(measure(streams, args.tokens, step_ms))), flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ class EventStream:
         )
         self._include_usage = usage
         self._pumps: list[Callable[[], None]] = []
+        self._ended = False
         self._failure: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
         self._quiet = True  # nothing has been written since the last ping
@@ -90,6 +91,7 @@ class EventStream:
                     break
                 else:
                     await self._sleep()
+        self._ended = True  # a request that still runs beside a failed one must not write behind the end
         await response.write_eof(self._ending())
         return response
 
@@ -138,6 +140,8 @@ class EventStream:
         protocol, transport, read, chunked = self._protocol, self._transport, self._chunks.read, self._chunked
 
         def ready() -> None:
+            if self._ended:
+                return
             if protocol.writing_paused:
                 self._rouse()
                 return

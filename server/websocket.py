@@ -195,6 +195,8 @@ class ChatSocket:
     def pump(self, run: _Run) -> None:
         """Sends what has come for a request, as far as the connection and the client's credits let it."""
         handle = run.handle
+        if self._runs.get(run.tag) is not run:
+            return  # it has had its last frame, and a paced write came after
         if self._transport.is_closing():
             handle.cancel()
         elif self._protocol.writing_paused:

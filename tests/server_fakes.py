@@ -210,6 +210,12 @@ class FakeRuntime:
                     self._advance(key, request)
         self._changed.set()
 
+    def fail_first(self) -> None:
+        """Ends the oldest request with an error, the others go on."""
+        key, request = next(iter(self._requests.items()))
+        self._end(key)
+        request.handle.mailbox.fail(RequestFailedError("the step of this request failed"))
+
     def _advance(self, key: str, request: _Request) -> None:
         mailbox = request.handle.mailbox
         request.steps += 1

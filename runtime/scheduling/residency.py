@@ -5,7 +5,6 @@ A row and its blocks are given back when its sequence leaves *and* every launche
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher

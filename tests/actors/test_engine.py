@@ -172,7 +172,7 @@ async def _complete(made: object) -> None:
 
 async def test_deadline() -> None:
     async with engine() as made:
-        with pytest.raises(DeadlineExceededError, match="0.000"):
+        with pytest.raises(DeadlineExceededError, match=r"0\.000 s"):
             await submit(made, prompt(9), greedy(100), deadline=0.0)
         with pytest.raises(DeadlineExceededError):
             await submit(made, prompt(9), greedy(500, ignore_eos=True), deadline=0.01)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from millrace.runtime.assets.grist import corpus, evaluate, model, skills, stories, text, train
+from millrace.runtime.assets.grist import corpus, evaluate, model, skills, start, stories, text, train
 
 FOLDER = Path(evaluate.__file__).parent
 FILES = (
@@ -213,6 +213,19 @@ def test_packed_rows_keep_conversations_apart(tokenizer):
     assert kept.any() and learned.any()
     torch.testing.assert_close(after[kept], before[kept])
     assert not torch.allclose(after[number == 0], before[number == 0])
+
+
+def test_fresh_model_already_copies_names(tokenizer):
+    """What `start` builds in: with random weights alone the loss would be that of guessing, ln(4096) = 8.3, or more."""
+    torch.manual_seed(0)
+    fresh = model.Grist(model.Shape())
+    start.initialise(fresh, seed=1)
+    supply = train.Batches(tokenizer, seed=1)
+    rows = [supply.drill() for _ in range(4)]
+    ids, learned, number = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    with torch.no_grad():
+        copying = train.loss_of(fresh, (ids, learned, number)).item()
+    assert copying < 7.0
 
 
 def test_orthogonal_brings_singular_values_near_one():

@@ -28,7 +28,9 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 async def test_await_iterate_and_equal_prompts() -> None:
     async with Runtime(device__threads=1) as runtime:
         completion = await runtime.submit(QUESTION, GREEDY)
-        deltas = [delta async for delta in runtime.submit([ChatMessage(role="user", content=QUESTION[0]["content"])], GREEDY)]
+        deltas = [
+            delta async for delta in runtime.submit([ChatMessage(role="user", content=QUESTION[0]["content"])], GREEDY)
+        ]
         assert "".join(delta.text for delta in deltas) == completion.text
         assert deltas[-1].finish_reason is completion.finish_reason
         text = await runtime.submit("Once upon a time", GREEDY)
@@ -108,11 +110,11 @@ async def test_an_idle_runtime_uses_no_cpu() -> None:
 
 
 async def test_mistakes_are_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean scheduler.max_num_seqs"):
+    with pytest.raises(ConfigError, match=r"did you mean scheduler\.max_num_seqs"):
         Runtime(scheduler__max_num_seq=3)
     with pytest.raises(CheckpointError):
         await Runtime("/absent/model").start()
-    with pytest.raises(ConfigError, match="max_model_len is 5000, but the checkpoint was made for 2048|5000"):
+    with pytest.raises(ConfigError, match=r"5000.*2048"):
         await Runtime(model__max_model_len=5000).start()
     with pytest.raises(RuntimeClosedError, match="not started"):
         Runtime().submit("x")

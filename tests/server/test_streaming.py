@@ -203,3 +203,22 @@ async def test_many_streams_at_once(served: Served) -> None:
 
     texts = await asyncio.gather(*(one(number) for number in range(40)))
     assert texts == [f"answer 0 to p{number}" for number in range(40)]
+
+
+async def test_nothing_is_written_behind_the_end_of_a_stream_that_failed(served: Served, raw: RawClient) -> None:
+    """One prompt of two is refused; the other one runs until it is cancelled, and must not touch the connection."""
+    served.runtime.auto = False
+    await raw.post({"prompt": [[97], [98]], "stream": True, "max_tokens": 50}, path="/v1/completions")
+    await served.runtime.until(lambda: served.runtime.running == 2)
+    served.runtime.step(2)
+    served.runtime.fail_first()
+    served.runtime.step(3)
+    await served.runtime.until(lambda: served.runtime.running == 0)
+    data = b""
+    while not data.endswith(b"0\r\n\r\n"):
+        data += await raw.read()
+    assert data.count(b"data: [DONE]") == 1 and b'"code":"request_failed"' in data
+    await raw.post(chat(max_tokens=1))
+    await served.runtime.until(lambda: served.runtime.running == 1)
+    served.runtime.step(2)
+    assert (await raw.read()).startswith(b"HTTP/1.1 200")
