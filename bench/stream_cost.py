@@ -1,6 +1,6 @@
 """What a streamed token costs the server: CPU time of one process over an engine that costs nothing.
 
-    python bench/stream_cost.py [--streams 64] [--tokens 2000] [--flush-ms 0]
+    python bench/stream_cost.py [--streams 64] [--step-ms 0 8] [--flush-ms 5]
 
 A step gives each stream one token, as a decode step does: either one step after the other without a break, so that
 tokens of several steps share a write (server.flush_interval_ms), or some milliseconds apart, so that every token is a
@@ -30,8 +30,8 @@ from millrace.server.app import start_server
 class Engine:
     """A runtime that only streams: every step pushes one token to each open request."""
 
-    def __init__(self, streams: int, tokens: int, step_s: float) -> None:
-        self.config = load_config()
+    def __init__(self, streams: int, tokens: int, step_s: float, flush_ms: float) -> None:
+        self.config = load_config(None, {"server.flush_interval_ms": flush_ms})
         self._step_s = step_s
         self.model_name = "cost"
         self.max_model_len = 1 << 20
@@ -95,9 +95,9 @@ while streams:
 """
 
 
-async def measure(streams: int, tokens: int, step_ms: float) -> dict[str, float]:
+async def measure(streams: int, tokens: int, step_ms: float, flush_ms: float = 5.0) -> dict[str, float]:
     """CPU microseconds of the server process per token."""
-    engine = Engine(streams, tokens, step_ms / 1000)
+    engine = Engine(streams, tokens, step_ms / 1000, flush_ms)
     server = await start_server(engine, "127.0.0.1", 0, page=False)
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, str(server.port), str(streams))
     try:
@@ -124,11 +124,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=1000, help="per stream")
     parser.add_argument("--step-ms", type=float, nargs="+", default=[0, 8], help="pause between two steps")
-    parser.add_argument("--flush-ms", type=float, default=0.0, help="server.flush_interval_ms; 0: a write per token")
+    parser.add_argument("--flush-ms", type=float, default=5.0, help="server.flush_interval_ms; 0: a write per token")
     args = parser.parse_args()
     for step_ms in args.step_ms:
         for streams in args.streams:
-            print(json.dumps(uvloop.run(measure(streams, args.tokens, step_ms))), flush=True)
+            print(json.dumps(uvloop.run(measure(streams, args.tokens, step_ms, args.flush_ms))), flush=True)
 
 
 if __name__ == "__main__":
