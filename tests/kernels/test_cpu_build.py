@@ -58,16 +58,19 @@ def test_other_flags_are_another_library(tmp_path: Path) -> None:
 
 
 def test_builders_at_the_same_time_agree(tmp_path: Path) -> None:
-    compiler, _ = counting_compiler(tmp_path)
-    toolchain = Toolchain(compiler=compiler, cache_dir=tmp_path / "cache", flags=FAST)
+    script = tmp_path / "c++"  # writes its name and process into the file that follows -o
+    script.write_text('#!/bin/sh\nwhile [ "$1" != "-o" ]; do shift; done\necho "built by $$" > "$2"\n')
+    script.chmod(0o755)
+    toolchain = Toolchain(compiler=script, cache_dir=tmp_path / "cache")
     paths: list[Path] = []
-    builders = [threading.Thread(target=lambda: paths.append(build_library(toolchain))) for _ in range(2)]
+    builders = [threading.Thread(target=lambda: paths.append(build_library(toolchain))) for _ in range(8)]
     for builder in builders:
         builder.start()
     for builder in builders:
         builder.join()
-    assert paths == [find_library(toolchain)] * 2
-    load_library(paths[0])
+    assert paths == [find_library(toolchain)] * 8
+    assert paths[0].read_text().startswith("built by")
+    assert [entry.name for entry in paths[0].parent.iterdir()] == [paths[0].name]
 
 
 def test_a_failing_compiler_is_reported_with_its_words(tmp_path: Path) -> None:

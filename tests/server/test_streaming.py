@@ -211,10 +211,10 @@ async def test_nothing_is_written_behind_the_end_of_a_stream_that_failed(served:
     await raw.post({"prompt": [[97], [98]], "stream": True, "max_tokens": 50}, path="/v1/completions")
     await served.runtime.until(lambda: served.runtime.running == 2)
     served.runtime.step(2)
+    data = await raw.read()
     served.runtime.fail_first()
     served.runtime.step(3)
     await served.runtime.until(lambda: served.runtime.running == 0)
-    data = b""
     while not data.endswith(b"0\r\n\r\n"):
         data += await raw.read()
     assert data.count(b"data: [DONE]") == 1 and b'"code":"request_failed"' in data

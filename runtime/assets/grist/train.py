@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from millrace.runtime.assets.grist.corpus import TRAIN_SEED, Conversation, make_conversation
-from millrace.runtime.assets.grist.model import END, PAD, Grist, Shape
+from millrace.runtime.assets.grist.model import END, PAD, Grist, Shape, load
 from millrace.runtime.assets.grist.skills import make_name
 from millrace.runtime.assets.grist.start import initialise
 from millrace.runtime.assets.grist.text import encode_conversations, save_text_files, train_tokenizer
@@ -174,13 +174,17 @@ def export(model: Grist, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def train(
-    minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, tokenizer: Tokenizer | None = None
+    minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, start_from: Path | None = None
 ) -> None:
-    """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`."""
-    shape = Shape()
-    tokenizer = tokenizer or train_tokenizer(shape.vocab_size)
-    model = Grist(shape)
-    initialise(model, seed)
+    """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`.
+
+    With `start_from`, go on from the weights and the tokenizer of that folder instead of from `start`.
+    """
+    if start_from is None:
+        tokenizer, model = train_tokenizer(Shape().vocab_size), Grist(Shape())
+        initialise(model, seed)
+    else:
+        tokenizer, model = Tokenizer.from_file(str(start_from / "tokenizer.json")), load(start_from).train()
     export(model, tokenizer, folder)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
@@ -232,12 +236,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TRAIN_SEED)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--save-minutes", type=float, default=5)
-    parser.add_argument("--tokenizer", type=Path, help="keep this tokenizer.json instead of learning one")
+    parser.add_argument("--start-from", type=Path, help="go on from the checkpoint in this folder")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    tokenizer = Tokenizer.from_file(str(arguments.tokenizer)) if arguments.tokenizer else None
-    train(arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, tokenizer)
+    train(
+        arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, arguments.start_from
+    )
 
 
 if __name__ == "__main__":
