@@ -19,6 +19,7 @@ constexpr int PW = 2 * VL;             // output features per panel
 constexpr long BLOCK_K = 512;          // k per block: a panel's block (64 KiB) and some tiles of x stay in L2
 constexpr long BLOCK_M = 96;           // rows of x per block
 constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
+constexpr long SHARED_PACKING = 1 << 15;  // elements of x from which on the threads share its packing
 constexpr int WIDEN_TILES = 3;         // from so many tiles on, widening a bfloat16 block once pays
 constexpr long STREAM_AHEAD = 4096;    // bytes fetched ahead in the weight stream
 
@@ -201,10 +202,13 @@ void linear(const Problem& p, int threads) {
     bool packs = p.m > 1;  // one row is its own packed form
     float* packed = packs ? scratch.get(p.m * p.k) : nullptr;
     const float* a = packs ? packed : p.x;
+    // Small inputs are packed here: a barrier would cost more, and stalls whenever a thread is not scheduled.
+    const bool shared_packing = packs && p.m * p.k > SHARED_PACKING;
+    if (packs && !shared_packing) pack_rows(p, rows, block_k, packed, 0, 1);
     std::atomic<long> next{0};
 #pragma omp parallel num_threads(threads)
     {
-        if (packs) {
+        if (shared_packing) {
             pack_rows(p, rows, block_k, packed, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
         }
