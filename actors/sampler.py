@@ -5,6 +5,7 @@ It is the author of EOS, stop ids, length and broken logits (docs/architecture.m
 
 from functools import partial
 
+import msgspec
 import numpy as np
 
 from millrace.runtime.channel import Receiver, Sender
@@ -16,17 +17,20 @@ from millrace.runtime.messages import (
     Finished,
     LogitsReady,
     RowsReady,
+    SampleJoin,
     SamplerInbox,
     SchedulerInbox,
+    StepDone,
     StreamerInbox,
     TokensSampled,
 )
 from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.rows import TokenRows
-from millrace.runtime.types import FinishReason, Lane, choice_of
+from millrace.runtime.types import FinishReason, Lane, SamplingParams, choice_of
 from millrace.runtime.world import World
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
+_PLAIN = SamplingParams(temperature=0.0)
 
 
 class Sampler:
@@ -45,6 +49,7 @@ class Sampler:
         tokens: TokenRows,
         eos_token_ids: tuple[int, ...],
         inbox: Receiver[SamplerInbox],
+        own: Sender[SamplerInbox],
         decode: Sender[DecodeInbox],
         scheduler: Sender[SchedulerInbox],
         streamer: Sender[StreamerInbox],
@@ -52,6 +57,7 @@ class Sampler:
         self._device = device
         self._world = world
         self._inbox = inbox
+        self._own = own  # the device's word that a step is done comes through the inbox, like everything else
         self._decode = decode
         self._scheduler = scheduler
         self._streamer = streamer
@@ -71,8 +77,14 @@ class Sampler:
 
     async def run(self) -> None:
         while True:
-            for ready in await self._inbox.recv_batch():
-                self.launch(ready)
+            for message in await self._inbox.recv_batch():
+                self.handle(message)
+
+    def handle(self, message: SamplerInbox) -> None:
+        if isinstance(message, LogitsReady):
+            self.launch(message)
+        else:
+            self.complete(message)
 
     def launch(self, ready: LogitsReady) -> None:
         for join in ready.joins:
@@ -88,24 +100,41 @@ class Sampler:
             self._device.launch(ready.stream, partial(ready.output.run, partial(self._sample, ready)))
         if ready.lane is Lane.DECODE:
             self._decode.send_nowait(RowsReady(ready.step))
-        self._device.notify(ready.stream, partial(self._complete, ready, launched_at))
+        self._device.notify(ready.stream, partial(self._own.send_nowait, StepDone(ready, launched_at)))
 
     def _sample(self, ready: LogitsReady) -> None:
         """In stream order: draws, and leaves the tokens where the next decode step reads them."""
-        for join in ready.joins:
-            if join.row in self._joined:
-                self._state.leave(join.row)
-            self._joined.add(join.row)
-            self._state.join(join.row, join.sampling, join.seed, choice_of(join.seq), join.prompt, join.output)
+        broken = {index: reason for index, join in enumerate(ready.joins) if (reason := self._join(join)) is not None}
         sampled = self._state.sample(ready.output.logits, ready.rows, ready.logits_index)
+        if broken:
+            sampled = msgspec.structs.replace(
+                sampled,
+                bad_rows=np.append(sampled.bad_rows, list(broken)).astype(np.int64),
+                bad_reasons=(*sampled.bad_reasons, *broken.values()),
+            )
         # A row with broken logits has no token; it has ended, and what is computed behind it is dropped.
         self._tokens.scatter(ready.rows, np.maximum(sampled.tokens, 0))
         ready.output.sampled = sampled
         ready.output.logits = None
 
-    def _complete(self, ready: LogitsReady, launched_at: float) -> None:
-        """On the loop, once the ids are on the host: tells scheduler and streamer what the step brought."""
-        message = self._report(ready, launched_at)
+    def _join(self, join: SampleJoin) -> str | None:
+        """In stream order: puts a sequence into its row. What goes wrong ends this sequence and not the step: then it
+        says why, and the row takes part in this step with parameters that cannot fail."""
+        if join.row in self._joined:
+            self._joined.remove(join.row)
+            self._state.leave(join.row)
+        reason = None
+        try:
+            self._state.join(join.row, join.sampling, join.seed, choice_of(join.seq), join.prompt, join.output)
+        except Exception as error:
+            reason = f"the sampling parameters cannot be used ({type(error).__name__})"
+            self._state.join(join.row, _PLAIN, 0, 0, _NO_TOKENS, _NO_TOKENS)
+        self._joined.add(join.row)
+        return reason
+
+    def complete(self, done: StepDone) -> None:
+        """Tells scheduler and streamer what a step brought."""
+        message = self._report(done.ready, done.launched_at)
         self._scheduler.send_nowait(message)
         self._streamer.send_nowait(message)
 
@@ -160,7 +189,8 @@ class Sampler:
         stopped &= self._stops_at_eos[rows]
         if self._stop_ids:
             for index, row in enumerate(rows.tolist()):
-                if row in self._stop_ids and int(sampled.tokens[index]) in self._stop_ids[row]:
+                ids = self._stop_ids.get(row)
+                if ids is not None and int(sampled.tokens[index]) in ids:
                     stopped[index] = True
         ended = num_output >= self._max_new[rows]
         ended |= stopped
@@ -172,5 +202,7 @@ class Sampler:
                 else:
                     finished.append(Finished(index, FinishReason.LENGTH))
         for end in finished:
-            self._ended[rows[end.index]] = True
+            row = int(rows[end.index])
+            self._ended[row] = True
+            self._stop_ids.pop(row, None)
         return tuple(finished)

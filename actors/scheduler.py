@@ -71,6 +71,7 @@ class Scheduler:
         self._rows = self.residency.rows
         self._requests: dict[RequestId, Request] = {}
         self._waiting: list[Sequence] = []  # heap
+        self._num_stale = 0  # of them have ended
         self._parked: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._ready: list[Sequence] = []
@@ -120,7 +121,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue, and paused ones that have given up their row."""
-        return len(self._waiting) + len(self._parked)
+        return len(self._waiting) - self._num_stale + len(self._parked)
 
     @property
     def num_launched(self) -> int:
@@ -129,18 +130,19 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises AssertionError unless blocks, rows and places are accounted for. For tests, and when idle."""
-        self.residency.check()
+        self.residency.check([step.copied for steps in self._launched.values() for step in steps])
         if not self.num_launched:
             assert not self._rows.inflight.any()
         if not self._requests:
             assert not self.residency.holders(), "a row outlives its request"
-            assert not self._waiting
-            assert not self._parked
+            assert self.num_waiting == 0
+            assert len(self._waiting) == self._num_stale
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def _admit(self, admitted: Admitted) -> None:
-        if self.num_waiting >= self._config.max_queue:
+        # Those who will start in a free row wait for a step, not for somebody else.
+        if self.num_waiting >= self._config.max_queue + len(self._rows.free):
             message = (
                 f"{self.num_waiting} requests wait already and the queue holds {self._config.max_queue}; "
                 "try again later, or raise scheduler.max_queue"
@@ -155,6 +157,9 @@ class Scheduler:
         heapq.heappush(self._waiting, first)
         if admitted.deadline is not None:
             heapq.heappush(self._deadlines, (admitted.deadline, admitted.rid))
+            if len(self._deadlines) > 2 * len(self._requests) + 64:
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+                heapq.heapify(self._deadlines)
 
     def _cancel(self, cancel: Cancel) -> None:
         request = self._requests.get(cancel.rid)
@@ -220,9 +225,12 @@ class Scheduler:
         if sequence.row < 0:
             if sequence in self._parked:
                 self._parked.remove(sequence)
-            elif sequence in self._waiting:
-                self._waiting.remove(sequence)
-                heapq.heapify(self._waiting)
+            else:
+                self._num_stale += 1
+                if 2 * self._num_stale > len(self._waiting) + 64:
+                    self._waiting = [waiting for waiting in self._waiting if not waiting.ended]
+                    heapq.heapify(self._waiting)
+                    self._num_stale = 0
         elif self._batch.get(sequence.row) is sequence:
             self._batch.leave(sequence.row)
         elif sequence in self._prefilling:
@@ -247,9 +255,15 @@ class Scheduler:
         self.residency.leave(sequence)
         self._retire()
 
-    def _start_waiting(self) -> bool:
-        """Starts the head of the queue; those behind it never overtake it for being smaller."""
-        head = self._waiting[0]
+    def _head(self) -> Sequence | None:
+        """The first in the queue. Those who have ended while they waited stay in the heap until they come up."""
+        while self._waiting and self._waiting[0].ended:
+            heapq.heappop(self._waiting)
+            self._num_stale -= 1
+        return self._waiting[0] if self._waiting else None
+
+    def _start_waiting(self, head: Sequence) -> bool:
+        """Starts the head of the queue if there is room; those behind it never overtake it for being smaller."""
         residency = self.residency
         if self._stuck == (head, len(self._rows.free), residency.pool.num_free):
             return False
@@ -289,15 +303,19 @@ class Scheduler:
         self.stats.prefill_budget = budget
         rows = self._rows
         chunks: list[Chunk] = []
-        started = iter(self._prefilling[:])
+        # In the order of the queue: who waits with a better place starts before those behind it go on.
+        line = sorted(s for s in self._prefilling if not s.request.paused)
+        may_start = True
         while budget > 0:
-            sequence = next(started, None)
-            if sequence is None:
-                if not (self._waiting and self._start_waiting()):
-                    break
-                sequence = self._prefilling[-1]
-            if sequence.request.paused:
+            head = self._head()
+            if may_start and head is not None and (not line or head < line[0]):
+                may_start = self._start_waiting(head)
+                if may_start:
+                    line.insert(0, head)
                 continue
+            if not line:
+                break
+            sequence = line.pop(0)
             row = sequence.row
             start, end = int(rows.computed[row]), int(rows.known[row])
             if sequence.request.admitted.sampling.prompt_logprobs is not None:
@@ -349,7 +367,8 @@ class Scheduler:
             return False
         present = [update for update in updates if batch.get(update[0]) is not None]
         plan = decode_plan(self._next_step[Lane.DECODE], batch, joined, present, copies, rows)
-        self._take_credit(Lane.DECODE, Step(batch.rows, batch.sequences, len(batch), None))
+        copied = [source for _, source, _ in copies]
+        self._take_credit(Lane.DECODE, Step(batch.rows, batch.sequences, len(batch), None, copied))
         rows.computed[batch.rows] += 1
         rows.inflight[batch.rows] += 1
         self._decode.send_nowait(plan)
@@ -384,7 +403,9 @@ class Scheduler:
                 joined.append(sequence)
         # One who joined may have been preempted by one behind it whose reader is faster.
         joined = [sequence for sequence in joined if sequence.row >= 0 and not sequence.leaving]
-        copies[:] = [copy for copy in copies if copy[0] in joined]
+        for copy in [copy for copy in copies if copy[0] not in joined]:
+            copies.remove(copy)
+            self.residency.pool.release([copy[1]])
         for sequence in joined:
             self._batch.join(sequence)
             updates.append((sequence.row, 0, sequence.table))
@@ -401,9 +422,9 @@ class Scheduler:
             return False
         if index < len(sequence.table):
             shared = sequence.table[index]
+            # The reference to the shared block passes to the step, which reads it, and is dropped when it reports.
             copies.append((sequence, shared, blocks[0]))
             sequence.table[index] = blocks[0]
-            pool.release([shared])
         else:
             sequence.table += blocks
         return True
@@ -435,6 +456,7 @@ class Scheduler:
         self._credits[lane] += 1
         rows = self._rows
         rows.inflight[step.rows] -= 1
+        self.residency.pool.release(step.copied)
         self.stats.steps[lane] += 1
         # Steps of both lanes may share one processor: a step begins when it was launched and the one before had ended.
         seconds = sampled.ready_at - max(sampled.launched_at, self.stats.last_progress)

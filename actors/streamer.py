@@ -64,13 +64,13 @@ class _Choice:
 class _Stream:
     """One open request."""
 
-    __slots__ = ("choices", "mailbox", "opened_at", "sampling")
+    __slots__ = ("arrived", "choices", "mailbox", "sampling")
 
-    def __init__(self, opened: Opened, now: float) -> None:
+    def __init__(self, opened: Opened) -> None:
         self.mailbox: Mailbox = opened.mailbox
         self.sampling: SamplingParams = opened.sampling
         self.choices = opened.sampling.n  # still open
-        self.opened_at = now
+        self.arrived = opened.arrived
 
 
 class Streamer:
@@ -111,7 +111,7 @@ class Streamer:
             stream = self._streams.get(message.rid)
             if stream is not None:
                 stream.mailbox.cached_tokens = message.cached_tokens
-                self._metrics.queue_time.observe([message.at - stream.opened_at])
+                self._metrics.queue_time.observe([message.at - stream.arrived])
         else:
             self._close(message)
 
@@ -119,9 +119,11 @@ class Streamer:
         rid = opened.rid
         opened.mailbox.prompt_token_ids = tuple(opened.prompt.tolist())
         opened.mailbox.set_flow = lambda paused: self._scheduler.send_nowait(Flow(rid, paused))
-        stream = self._streams[rid] = _Stream(opened, self._world.now())
-        for index in range(opened.sampling.n):
-            self._choices[sequence_id(rid, index)] = _Choice(index, opened, stream, self._tokenizer)
+        stream = _Stream(opened)
+        choices = [_Choice(index, opened, stream, self._tokenizer) for index in range(opened.sampling.n)]
+        self._streams[rid] = stream
+        for choice in choices:
+            self._choices[sequence_id(rid, choice.index)] = choice
 
     def _close(self, closed: Closed) -> None:
         stream = self._streams.get(closed.rid)
@@ -159,7 +161,7 @@ class Streamer:
             if position:
                 waits.append(now - choice.last_at)
             else:
-                first_waits.append(now - choice.stream.opened_at)
+                first_waits.append(now - choice.stream.arrived)
             choice.num_tokens = position + 1
             choice.last_at = now
             # The id that ends a text is no part of it, unless its owner asked to see where it stopped.
@@ -228,7 +230,7 @@ class Streamer:
 
     def _forget(self, rid: RequestId, stream: _Stream, reason: FinishReason) -> None:
         del self._streams[rid]
-        self._metrics.finished(reason, self._world.now() - stream.opened_at, len(stream.mailbox.prompt_token_ids))
+        self._metrics.finished(reason, self._world.now() - stream.arrived, len(stream.mailbox.prompt_token_ids))
 
     # -- log probabilities --------------------------------------------------------------------------------------------
 
@@ -248,8 +250,12 @@ class Streamer:
         mailbox = stream.mailbox
         if mailbox.prompt_logprobs is None:
             mailbox.prompt_logprobs = [self._plain(mailbox.prompt_token_ids[0])]
+        # A prompt that was preempted is computed again, and scored again: its beginning is here already.
+        known = len(mailbox.prompt_logprobs) - 1 - scores.start
         mailbox.prompt_logprobs += [
-            self._token_logprob(scores.columns, entry, token) for entry, token in enumerate(scores.tokens.tolist())
+            self._token_logprob(scores.columns, entry, token)
+            for entry, token in enumerate(scores.tokens.tolist())
+            if entry >= known
         ]
 
     def _plain(self, token: int) -> TokenLogprob:

@@ -64,41 +64,54 @@ class Runtime:
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
         self._plan: MemoryPlan | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Loads the model and starts the engine. A runtime starts once."""
-        if self._world is not None:
+        if self._world is not None or self._closing is not None:
             raise RuntimeClosedError("a runtime starts once; make another one")
         world = self._world = AsyncioWorld()
         self.created = int(world.wall())
-        device = None
         try:
-            self._loaded = await world.to_thread(lambda: load(self.config, self._progress))
-            model = self._loaded.model
-            self._plan = plan_memory(self.config, model, _max_model_len(self.config, model))
-            device = CpuDevice(world, self.config.device.threads or available_cores())
-            self._engine = Engine(
+            loaded = await world.to_thread(lambda: load(self.config, self._progress))
+            if self._closing is not None:
+                raise RuntimeClosedError("the runtime was closed while it started")
+            self._engine = self._make_engine(world, loaded)
+        except BaseException:
+            self._loaded = None
+            await self.close()
+            raise
+        self._engine.start()
+
+    def _make_engine(self, world: AsyncioWorld, loaded: Loaded) -> Engine:
+        self._loaded = loaded
+        self._plan = plan_memory(self.config, loaded.model, _max_model_len(self.config, loaded.model))
+        device = CpuDevice(world, self.config.device.threads or available_cores())
+        try:
+            return Engine(
                 config=self.config,
                 world=world,
                 device=device,
-                model=model,
+                model=loaded.model,
                 plan=self._plan,
-                tokenizer=self._loaded.tokenizer,
-                template=self._loaded.template,
+                tokenizer=loaded.tokenizer,
+                template=loaded.template,
                 model_name=self.model_name,
                 registry=self.registry,
                 log=self.log,
             )
         except BaseException:
-            self._loaded = None
-            if device is not None:
-                device.close()
-            await world.close()
+            device.close()
             raise
-        self._engine.start()
 
     async def close(self) -> None:
-        """Ends open requests with RuntimeClosedError and gives everything back; idempotent."""
+        """Ends open requests with RuntimeClosedError and gives everything back. Idempotent; being cancelled stops the
+        waiting, not the closing."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close(), name="millrace-close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.stop()
@@ -163,7 +176,7 @@ class Runtime:
 
     def health(self) -> Health:
         if self._engine is None:
-            state = "starting" if self._world is None or self._loaded is not None else "closed"
+            state = "starting" if self._closing is None else "closed"
             return Health(state, False, f"the runtime is {state}", 0, 0, 0.0)
         return self._engine.health()
 

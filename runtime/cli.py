@@ -9,6 +9,7 @@ from typing import Any
 
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from millrace.kernels import ops
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace, Config], Coroutine[Any, Any, int]] = args.command
         return uvloop.run(command(args, config))
     except MillraceError as error:
-        _err.print(f"[bold red]error:[/] {error}", markup=True, soft_wrap=True)
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
     except OSError as error:
-        _err.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -172,10 +172,11 @@ def load_config(file: Path | None = None, overrides: Mapping[str, Any] | None = 
             raise ConfigError(f"cannot read {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    _refuse_unknown(data, file)
     for key, value in (overrides or {}).items():
         section, _, name = key.partition(".")
         data.setdefault(section, {})[name] = value
-    _refuse_unknown(data, file)
+    _refuse_unknown(data, None)
     try:
         return msgspec.convert(data, Config, strict=True)
     except msgspec.ValidationError as error:

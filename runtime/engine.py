@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -13,10 +12,10 @@ from millrace.actors.prefill import Prefill
 from millrace.actors.sampler import Sampler
 from millrace.actors.scheduler import Scheduler
 from millrace.actors.streamer import Streamer
-from millrace.runtime.channel import ChannelClosed, ChannelFull, Receiver, Sender, channel
+from millrace.runtime.channel import Receiver, Sender, channel
 from millrace.runtime.config import Config
 from millrace.runtime.device import Device
-from millrace.runtime.errors import MillraceError, QueueFullError, RuntimeClosedError
+from millrace.runtime.errors import InvalidRequestError, MillraceError, QueueFullError, RuntimeClosedError
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
@@ -41,7 +40,15 @@ from millrace.runtime.sampling.rows import TokenRows
 from millrace.runtime.supervisor import Supervisor
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
-from millrace.runtime.types import BLOCK_SIZE, Priority, Prompt, RequestId, SamplingParams
+from millrace.runtime.types import (
+    BLOCK_SIZE,
+    MAX_CHOICES,
+    FinishReason,
+    Priority,
+    Prompt,
+    RequestId,
+    SamplingParams,
+)
 from millrace.runtime.world import World
 
 STALL_SECONDS = 5.0  # a launched step that takes longer, and eight times the longest step so far, is stuck
@@ -84,33 +91,34 @@ class Engine:
         self._model_name = model_name
         self._log = log
         self._mailboxes: dict[RequestId, Mailbox] = {}
+        self._cancelled: set[RequestId] = set()  # of those that are open
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._supervisor = Supervisor(world, self._fail)
 
         rows = config.scheduler.max_num_seqs
-        live = config.scheduler.max_queue + rows
+        live = self._max_open = config.scheduler.max_queue + rows
         eos = model.spec.eos_token_ids
         key = world.rng("prefix-key").getrandbits(256).to_bytes(32, "little")
         hasher = PrefixHasher(key, BLOCK_SIZE) if config.kv.prefix_cache else None
         tokens = TokenRows(rows)
         max_blocks = -(-plan.max_model_len // BLOCK_SIZE)
         kv = model.allocate_kv(plan.num_blocks)
-        metrics = Metrics(registry)
+        metrics = self._metrics = Metrics(registry)
 
         # What a client sends may wait at `capacity`; what comes back along the cycles uses the reserve, and is bounded
         # by two steps per lane, or by one message for each open request.
         admission_in: tuple[Sender[AdmissionInbox], Receiver[AdmissionInbox]]
-        admission_in = channel("admission", live, world, reserve=2 * live)
+        admission_in = channel("admission", live, world, reserve=live)
         to_admission, admission_inbox = admission_in
         scheduler_in: tuple[Sender[SchedulerInbox], Receiver[SchedulerInbox]]
-        scheduler_in = channel("scheduler", live, world, reserve=4 * live + 8)
+        scheduler_in = channel("scheduler", live, world, reserve=(2 + MAX_CHOICES) * live + 8)
         to_scheduler, scheduler_inbox = scheduler_in
         prefill_in: tuple[Sender[PrefillPlan], Receiver[PrefillPlan]] = channel("prefill", 2, world)
         to_prefill, prefill_inbox = prefill_in
         decode_in: tuple[Sender[DecodeInbox], Receiver[DecodeInbox]] = channel("decode", 4, world)
         to_decode, decode_inbox = decode_in
-        sampler_in: tuple[Sender[SamplerInbox], Receiver[SamplerInbox]] = channel("sampler", 4, world)
+        sampler_in: tuple[Sender[SamplerInbox], Receiver[SamplerInbox]] = channel("sampler", 8, world)
         to_sampler, sampler_inbox = sampler_in
         streamer_in: tuple[Sender[StreamerInbox], Receiver[StreamerInbox]]
         streamer_in = channel("streamer", live, world, reserve=2 * live + 8)
@@ -170,6 +178,7 @@ class Engine:
             tokens=tokens,
             eos_token_ids=eos,
             inbox=sampler_inbox,
+            own=to_sampler.clone(),
             decode=to_decode.clone(),
             scheduler=to_scheduler.clone(),
             streamer=to_streamer.clone(),
@@ -223,7 +232,7 @@ class Engine:
         """Opens a request; whatever is wrong with it arrives as its terminal event. `deadline` is in seconds."""
         world = self._world
         rid = world.new_id()
-        choices = sampling.n if sampling.n > 0 else 1
+        choices = sampling.n if isinstance(sampling.n, int) and 1 <= sampling.n <= MAX_CHOICES else 1
         mailbox = Mailbox(choices, self._config.streamer.max_unread_tokens)
         mailbox.on_closed = lambda: self._forget(rid)
 
@@ -231,19 +240,18 @@ class Engine:
             world.call_soon_threadsafe(lambda: self._cancel(rid))
 
         handle = RequestHandle(rid, name, self._model_name, choices, mailbox, cancel)
-        if self.state != "ready":
-            mailbox.fail(RuntimeClosedError(self.failure or f"the runtime is {self.state} and takes no requests"))
-            return handle
         now = world.now()
-        until = None if deadline is None or math.isinf(deadline) else now + deadline
+        try:
+            self._check_open()
+            until = None if deadline is None else now + _seconds(deadline)
+            submit = Submit(rid, prompt, sampling, _priority(priority), until, now, _salt(cache_salt), mailbox)
+        except MillraceError as error:
+            self._metrics.finished(FinishReason.REFUSED, 0.0, 0)
+            mailbox.fail(error)
+            return handle
         self._mailboxes[rid] = mailbox
         self._idle.clear()
-        try:
-            self._submit.send_nowait(Submit(rid, prompt, sampling, priority, until, now, cache_salt, mailbox))
-        except ChannelFull as error:
-            mailbox.fail(QueueFullError(f"{error}; try again later"))
-        except ChannelClosed:
-            mailbox.fail(RuntimeClosedError("the runtime is closed"))
+        self._submit.send_nowait(submit)
         return handle
 
     def drain(self) -> None:
@@ -274,13 +282,24 @@ class Engine:
             seconds_since_progress=silent,
         )
 
+    def _check_open(self) -> None:
+        if self.state != "ready":
+            raise RuntimeClosedError(self.failure or f"the runtime is {self.state} and takes no requests")
+        if len(self._mailboxes) >= self._max_open:
+            raise QueueFullError(
+                f"{len(self._mailboxes)} requests are open, as many as scheduler.max_queue and scheduler.max_num_seqs "
+                "let in; try again later"
+            )
+
     def _forget(self, rid: RequestId) -> None:
         self._mailboxes.pop(rid, None)
+        self._cancelled.discard(rid)
         if not self._mailboxes:
             self._idle.set()
 
     def _cancel(self, rid: RequestId) -> None:
-        if rid in self._mailboxes:
+        if rid in self._mailboxes and rid not in self._cancelled:
+            self._cancelled.add(rid)
             self._submit.send_nowait(Cancel(rid))
 
     def _fail(self, name: str, error: BaseException) -> None:
@@ -290,12 +309,14 @@ class Engine:
         self.state = "failed"
         self.failure = f"the runtime has failed ({name}: {type(error).__name__}) and must be started anew"
         self._log.error("actor_failed", actor=name, exc_info=error)
+        self._supervisor.cancel()  # nobody is left to read what the others would compute
         self._fail_all(RuntimeClosedError(self.failure))
 
     def _fail_all(self, error: MillraceError) -> None:
-        mailboxes: Sequence[Mailbox] = list(self._mailboxes.values())
-        for mailbox in mailboxes:
-            mailbox.fail(error)
+        for mailbox in list(self._mailboxes.values()):
+            self._metrics.finished(FinishReason.FAILED, 0.0, 0)
+            # An exception of its own for each: a raised one collects the frames of whoever raised it.
+            mailbox.fail(error.info().exception())
 
     def _export(self, metrics: Metrics) -> None:
         scheduler = self.scheduler
@@ -304,10 +325,37 @@ class Engine:
             ("sequences_running", "Sequences that hold a row", lambda: scheduler.num_running),
             ("requests_waiting", "Sequences in the queue", lambda: scheduler.num_waiting),
             ("kv_cache_usage_ratio", "KV blocks in use", lambda: 1 - pool.num_free / pool.num_usable),
-            ("preemptions", "Sequences whose blocks were taken away", lambda: stats.preemptions),
-            ("prefix_cache_queries_tokens", "Prompt tokens looked up", lambda: stats.prefix_queries),
-            ("prefix_cache_hits_tokens", "Prompt tokens found", lambda: stats.prefix_hits),
             ("prefill_budget_tokens", "Prompt tokens the next prefill step may hold", lambda: stats.prefill_budget),
             ("steps_launched", "Steps that have not reported", lambda: scheduler.num_launched),
         ):
             metrics.gauge(name, documentation, read)
+        for name, documentation, count in (
+            ("preemptions", "Sequences whose blocks were taken away", lambda: stats.preemptions),
+            ("prefix_cache_queries_tokens", "Prompt tokens looked up", lambda: stats.prefix_queries),
+            ("prefix_cache_hits_tokens", "Prompt tokens found", lambda: stats.prefix_hits),
+        ):
+            metrics.counter(name, documentation, count)
+
+
+def _seconds(deadline: float) -> float:
+    if not isinstance(deadline, int | float) or math.isnan(deadline):
+        raise InvalidRequestError(f"deadline is {deadline!r}, but it must be a number of seconds", param="deadline")
+    return float(deadline)
+
+
+def _priority(priority: Priority | int) -> Priority:
+    try:
+        return Priority(priority)
+    except ValueError:
+        names = ", ".join(f"{member.name} ({member.value})" for member in Priority)
+        raise InvalidRequestError(
+            f"priority is {priority!r}, but it must be one of {names}", param="priority"
+        ) from None
+
+
+def _salt(salt: str) -> str:
+    try:
+        salt.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise InvalidRequestError("cache_salt must be text that UTF-8 can hold", param="cache_salt") from None
+    return salt

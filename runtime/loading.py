@@ -28,7 +28,12 @@ class Loaded(msgspec.Struct, frozen=True):
 def load(config: Config, progress: Progress | None = None) -> Loaded:
     """Loads what `config.model` names. Blocks; raises CheckpointError or ConfigError."""
     if config.device.compile_kernels:
-        ops.prepare()  # before weights are packed: it decides how
+        # Before weights are packed: it decides how. Some seconds, the first time on a machine.
+        if progress is not None:
+            progress("CPU kernels", 0, 1)
+        ops.prepare()
+        if progress is not None:
+            progress("CPU kernels", 1, 1)
     found = resolve_model(config.model.path)
     name = config.model.served_name or config.model.random_weights or found.name
     tokenizer = Tokenizer.load(found.path)

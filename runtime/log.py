@@ -36,7 +36,13 @@ def make_logger(config: LogConfig, stream: TextIO | None = None) -> Logger:
     """A logger that writes to stderr (or `stream`); control characters in values arrive escaped."""
     target = stream or _Stderr()
     renderer: Any = (
-        structlog.processors.JSONRenderer() if config.json else structlog.dev.ConsoleRenderer(colors=target.isatty())
+        structlog.processors.JSONRenderer()
+        if config.json
+        else structlog.dev.ConsoleRenderer(
+            colors=target.isatty(),
+            # The default shows local variables, and with them prompts.
+            exception_formatter=structlog.dev.plain_traceback,
+        )
     )
     processors: list[Any] = [
         structlog.processors.add_log_level,

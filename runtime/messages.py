@@ -9,11 +9,12 @@ struct says that a message, once sent, belongs to nobody. Who writes which messa
     Flow           streamer -> scheduler         Started        scheduler -> streamer
     PrefillPlan    scheduler -> prefill          LogitsReady    prefill, decode -> sampler
     DecodePlan     scheduler -> decode
+    StepDone       device -> sampler
     RowsReady      sampler -> decode             TokensSampled  sampler -> scheduler and streamer (the same object)
 
 `Admitted`, `Cancel`, `Closed`, `Flow`, `Started` and `TokensSampled` may cross a process border and serialise with
-`encode` and `decode`. `Submit` and `Opened` hold a mailbox, `LogitsReady` and `RowsReady` device objects: they
-never do.
+`encode` and `decode`. `Submit` and `Opened` hold a mailbox, `LogitsReady`, `RowsReady` and `StepDone` device
+objects: they never do.
 """
 
 from typing import Any
@@ -45,6 +46,7 @@ class Opened(msgspec.Struct, frozen=True):
     rid: RequestId
     prompt: Column  # [prompt_len] int32
     sampling: SamplingParams
+    arrived: float  # world.now() of the submission
     mailbox: Any  # runtime.mailbox.Mailbox
 
 
@@ -168,6 +170,13 @@ class LogitsReady(msgspec.Struct, frozen=True):
     stream: Any  # runtime.device.Stream
 
 
+class StepDone(msgspec.Struct, frozen=True):
+    """The device has finished a step, and its ids are on the host."""
+
+    ready: LogitsReady
+    launched_at: float  # world.now()
+
+
 class RowsReady(msgspec.Struct, frozen=True):
     """Sampling of this decode step is launched: the next step may be launched behind it."""
 
@@ -228,7 +237,7 @@ class TokensSampled(msgspec.Struct, frozen=True, tag="sampled"):
 AdmissionInbox = Submit | Cancel
 SchedulerInbox = Admitted | Cancel | Flow | TokensSampled
 DecodeInbox = DecodePlan | RowsReady
-SamplerInbox = LogitsReady
+SamplerInbox = LogitsReady | StepDone
 StreamerInbox = Opened | Started | Closed | TokensSampled
 Wire = Admitted | Cancel | Closed | Flow | Started | TokensSampled
 

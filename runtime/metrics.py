@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 from millrace.runtime.types import FinishReason
 
@@ -59,6 +59,16 @@ class StepHistogram:
         yield family
 
 
+class _ReadCounter:
+    def __init__(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._documentation, value=self._read())
+
+
 class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -83,6 +93,10 @@ class Metrics:
     def gauge(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A value that its owner knows; read at every scrape."""
         Gauge(f"millrace_{name}", documentation, registry=self._registry).set_function(read)
+
+    def counter(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        """A count that its owner keeps; read at every scrape."""
+        self._registry.register(_ReadCounter(f"millrace_{name}", documentation, read))
 
     def _histogram(self, name: str, documentation: str, bounds: Sequence[float] = LATENCY_BUCKETS) -> StepHistogram:
         return StepHistogram(f"millrace_{name}", documentation, bounds, self._registry)

@@ -21,10 +21,14 @@ class Supervisor:
     def start(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._tasks.append(self._world.spawn(self._guard(name, run), f"millrace-{name}"))
 
-    async def stop(self) -> None:
-        """Cancels the actors in reverse order of their start and waits until they are gone."""
+    def cancel(self) -> None:
+        """Ends the actors, in reverse order of their start."""
         for task in reversed(self._tasks):
             task.cancel()
+
+    async def stop(self) -> None:
+        """Ends the actors and waits until they are gone."""
+        self.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
 

@@ -2,7 +2,8 @@
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -105,8 +106,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
-    def validate(self, vocab_size: int, max_logprobs: int = 20) -> None:
-        """Raises InvalidRequestError that names the field, the value and the bounds."""
+    def checked(self, vocab_size: int, max_logprobs: int = 20) -> "SamplingParams":
+        """The same parameters, with every field of its declared type and within its bounds.
+
+        Raises InvalidRequestError that names the field, the value and the bounds.
+        """
+        fields = {name: _plain(value) for name, value in msgspec.structs.asdict(self).items()}
+        try:
+            params = msgspec.convert(fields, SamplingParams)
+        except msgspec.ValidationError as error:
+            found = re.search(r" - at .*\$\.(\w+)", str(error))
+            name = found.group(1) if found else "sampling"
+            text = str(error).partition(" - at ")[0]
+            raise InvalidRequestError(f"{name} is {fields.get(name)!r}, but: {text}", param=name) from error
+        params._check_bounds(vocab_size, max_logprobs)
+        return params
+
+    def _check_bounds(self, vocab_size: int, max_logprobs: int) -> None:
         if not 1 <= self.n <= MAX_CHOICES:
             _refuse("n", self.n, f"between 1 and {MAX_CHOICES}")
         if self.max_tokens is not None and self.max_tokens < 0:
@@ -149,6 +165,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             )
         if any(not stop for stop in self.stop):
             raise InvalidRequestError("stop must not contain an empty string", param="stop")
+
+
+def _plain(value: Any) -> Any:
+    """Sets, arrays and other collections as lists, mappings as dicts; anything else as it is."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return list(value.tolist() if hasattr(value, "tolist") else value)
+    return value
 
 
 def _refuse(name: str, value: Any, wanted: str) -> None:

@@ -6,6 +6,7 @@ code can run under a simulated world.
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -86,4 +87,12 @@ class AsyncioWorld:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        joined = asyncio.Event()
+
+        def join() -> None:
+            # As long as the work in a helper takes, a download perhaps: the loop must not wait for it.
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self.call_soon_threadsafe(joined.set)
+
+        threading.Thread(target=join, name="millrace-join", daemon=True).start()
+        await joined.wait()

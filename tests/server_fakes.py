@@ -254,7 +254,7 @@ class FakeRuntime:
             if len(self._requests) >= self.config.scheduler.max_queue:
                 raise QueueFullError(f"{len(self._requests)} requests wait, and the queue holds no more")
             ids, text = self._read(prompt)
-            sampling.validate(VOCAB, self.config.limits.max_logprobs)
+            sampling = sampling.checked(VOCAB, self.config.limits.max_logprobs)
             if not ids:
                 raise InvalidRequestError("the prompt is empty", param="prompt")
             if any(not 0 <= token < VOCAB for token in ids):

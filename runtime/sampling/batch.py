@@ -106,6 +106,8 @@ class SamplerState:
                     f"{name} hold ids from {tokens.min()} to {tokens.max()}, but the vocabulary ends at "
                     f"{self.vocab_size - 1}"
                 )
+        self._edits.leave(row)  # what a join that failed half-way has left
+        self._penalties.leave(row)
         self._edits.join(row, params)
         self._penalties.join(row, params, prompt, output)
         self._num_output[row] = len(output)

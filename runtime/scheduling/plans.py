@@ -99,7 +99,7 @@ def _sample_join(sequence: Sequence, rows: Rows) -> SampleJoin:
 
 
 def _prompt_logprobs(sequence: Sequence, rows: Rows) -> int:
-    """Alternatives wanted, -1 for none: they are reported once, not again when a preempted sequence is recomputed."""
+    """Alternatives wanted, -1 for none: they are not reported again once the sequence has output."""
     wanted = sequence.request.admitted.sampling.prompt_logprobs
     first_time = rows.known[sequence.row] == len(sequence.request.admitted.prompt)
     return wanted if wanted is not None and first_time and sequence.choice == 0 else -1

@@ -1,5 +1,7 @@
 """What the scheduler keeps of requests, sequences and launched steps. The scheduler actor is the only writer."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,15 +69,21 @@ class Sequence:
 class Step:
     """A launched step: which rows it names, and for prefill how far it takes them."""
 
-    __slots__ = ("ends", "num_tokens", "rows", "sequences")
+    __slots__ = ("copied", "ends", "num_tokens", "rows", "sequences")
 
     def __init__(
-        self, rows: NDArray[np.int32], sequences: list[Sequence], num_tokens: int, ends: NDArray[np.int64] | None
+        self,
+        rows: NDArray[np.int32],
+        sequences: list[Sequence],
+        num_tokens: int,
+        ends: NDArray[np.int64] | None,
+        copied: Iterable[int] = (),
     ) -> None:
         self.rows = rows
         self.sequences = sequences
         self.num_tokens = num_tokens
         self.ends = ends  # [num_seqs] positions confirmed once it reports; None: one more each
+        self.copied = list(copied)  # blocks that it copies from, with a reference of its own to each
 
     def rows_of(self, seqs: list[SequenceId]) -> NDArray[np.int32]:
         """Rows of some of the step's sequences, [len(seqs)]."""

@@ -109,7 +109,8 @@ class Residency:
             self.pool.share(sequence.table)
             other.table = list(sequence.table)
             other.hashes = list(sequence.hashes)
-            other.published = len(sequence.table)  # the first choice publishes what they share
+            # What is full is published by the first choice; the block behind it will be a copy of one's own.
+            other.published = len(sequence.history) // BLOCK_SIZE
             self.rows.computed[other.row] = self.rows.computed[sequence.row]
         return waiting
 
@@ -151,15 +152,15 @@ class Residency:
                 if not step.sequences[index].leaving:
                     self._publish(self._hasher, step.sequences[index], int(ends[index]) // BLOCK_SIZE)
 
-    def check(self) -> None:
-        """Raises AssertionError unless every row and block is accounted for."""
+    def check(self, copied: list[list[int]]) -> None:
+        """Raises AssertionError unless every row and block is accounted for; `copied` are blocks that steps hold."""
         rows = self.rows
         held = [sequence for sequence in rows.owner if sequence is not None]
-        self.pool.check(sequence.table for sequence in held)
+        self.pool.check([*(sequence.table for sequence in held), *copied])
         assert len(held) + len(rows.free) == len(rows.owner)
         assert all(rows.owner[sequence.row] is sequence for sequence in held)
         assert self._leaving == [sequence for sequence in self._leaving if sequence.leaving and sequence.row >= 0]
-        if not held:
+        if not held and not any(copied):
             assert self.pool.num_free == self.pool.num_usable
 
     def _publish(self, hasher: PrefixHasher, sequence: Sequence, full: int) -> None:

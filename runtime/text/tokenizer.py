@@ -49,6 +49,7 @@ class Tokenizer:
         control_ids: ids that user text never encodes to: the special tokens, and those added tokens that are markers
             (`<think>`, `<tool_call>`) rather than text (runs of spaces, HTML elements).
         special_tokens: named special tokens (`bos_token`, ...), as chat templates read them.
+        longest_token: characters of the longest token, as the vocabulary spells it.
         bos_id, eos_id: from the tokenizer's config files, None where they name none.
         eos_ids: every id that ends a text: the tokenizer's, and those of generation_config.json (else config.json).
     """
@@ -111,6 +112,7 @@ class Tokenizer:
         self.decoder_plan: DecoderPlan | None = plan_decoder(lib.decoder)
         self._table = token_table(lib, self.decoder_plan, pieces)
         self._table_skipping = without(self._table, self.special_ids)
+        self.longest_token = max((len(lib.id_to_token(index) or "") for index in range(self.vocab_size)), default=1)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

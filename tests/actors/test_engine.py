@@ -132,6 +132,8 @@ async def test_stop_string_across_tokens() -> None:
 async def test_stop_id_and_min_tokens() -> None:
     tokens = expected(prompt(4), 30, ignore_eos=True)
     async with engine() as made:
+        held = greedy(30, ignore_eos=True, stop_token_ids=(tokens[5],), min_tokens=8)
+        assert len((await submit(made, prompt(4), held)).token_ids) >= 8
         completion = await submit(made, prompt(4), greedy(30, ignore_eos=True, stop_token_ids=(tokens[5],)))
     assert list(completion.token_ids) == tokens[: tokens.index(tokens[5]) + 1]
     assert completion.choices[0].stop_reason == tokens[5]
@@ -144,13 +146,12 @@ async def test_cancel_frees_within_a_step() -> None:
         handle = submit(made, prompt(9), greedy(400, ignore_eos=True))
         async for _ in handle:
             break
-        await settle(made)
-        done = model.num_forwards
+        at_cancel = model.num_forwards
         with pytest.raises(RequestCancelledError):
             await handle
+        await settle(made)
+        assert model.num_forwards <= at_cancel + 2  # the steps that were launched already
         assert made.scheduler.residency.pool.num_free == made.scheduler.residency.pool.num_usable
-        await asyncio.sleep(0)
-        assert model.num_forwards == done
 
 
 async def test_cancelled_task_and_dropped_handle() -> None:
@@ -278,3 +279,157 @@ async def test_logprobs_and_prompt_logprobs() -> None:
 
     for i, entry in enumerate(scored[1:], start=1):
         assert entry.top[0].token_id == next_token(prompt(70)[:i])
+
+
+async def test_prompt_logprobs_come_once_after_a_preemption_during_prefill() -> None:
+    options = {"scheduler__max_prefill_tokens": 16, "num_blocks": 38}
+    async with engine(**options) as made:
+        others = [submit(made, prompt(10, i), greedy(120, ignore_eos=True)) for i in range(6)]
+        scored = submit(made, prompt(400, 9), greedy(2, ignore_eos=True, prompt_logprobs=0))
+        results = await asyncio.gather(scored, *others)
+    assert [entry.token_id for entry in results[0].prompt_logprobs] == prompt(400, 9)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stop": [5]},
+        {"stop": "END"},
+        {"stop": [b"ab"]},
+        {"top_k": "2"},
+        {"temperature": None},
+        {"allowed_token_ids": "abc"},
+        {"logit_bias": {"x": 1.0}},
+        {"n": 10**9},
+    ],
+)
+async def test_wrong_types_are_named_and_hurt_nobody_else(wrong: dict[str, object]) -> None:
+    async with engine() as made:
+        victim = submit(made, prompt(5), greedy(100, ignore_eos=True))
+        with pytest.raises(InvalidRequestError, match=f"^{next(iter(wrong))} "):
+            await submit(made, prompt(5), SamplingParams(**wrong))  # type: ignore[arg-type]
+        assert list((await victim).token_ids) == expected(prompt(5), 100, ignore_eos=True)
+
+
+@pytest.mark.parametrize("more", [{"priority": "high"}, {"cache_salt": "\ud800"}, {"deadline": float("nan")}])
+async def test_wrong_options_are_named_and_hurt_nobody_else(more: dict[str, object]) -> None:
+    async with engine() as made:
+        victim = submit(made, prompt(5), greedy(100, ignore_eos=True))
+        with pytest.raises(InvalidRequestError, match=next(iter(more))):
+            await submit(made, prompt(5), greedy(5), **more)
+        assert list((await victim).token_ids) == expected(prompt(5), 100, ignore_eos=True)
+
+
+async def test_collections_of_any_kind_are_taken() -> None:
+    async with engine() as made:
+        completion = await submit(made, prompt(5), greedy(3, allowed_token_ids={7, 8}, logit_bias={8: -50}))
+        assert completion.token_ids == (7, 7, 7)
+
+
+async def test_a_join_that_fails_ends_one_choice_and_the_row_is_good_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from millrace.runtime.sampling.penalties import PenaltyTable
+
+    join = PenaltyTable.join
+
+    def planted(self: PenaltyTable, row: int, params: SamplingParams, *rest: object) -> None:
+        if params.presence_penalty == 1.5:
+            raise MemoryError
+        join(self, row, params, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PenaltyTable, "join", planted)
+    async with engine(scheduler__max_num_seqs=2) as made:
+        results = await asyncio.gather(
+            submit(made, prompt(5), greedy(20, presence_penalty=1.5)),
+            submit(made, prompt(6), greedy(20, ignore_eos=True)),
+            return_exceptions=True,
+        )
+        assert isinstance(results[0], RequestFailedError)
+        assert list(results[1].token_ids) == expected(prompt(6), 20, ignore_eos=True)
+        for i in range(4):
+            again = await submit(made, prompt(7, i), greedy(10, ignore_eos=True))
+            assert list(again.token_ids) == expected(prompt(7, i), 10, ignore_eos=True)
+
+
+async def test_a_dead_actor_ends_everything_and_computes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LedgerModel()
+    async with engine(model=model) as made:
+        handle = submit(made, prompt(5), greedy(400, ignore_eos=True))
+        async for _ in handle:
+            break_here = model.num_forwards > 3
+            if break_here:
+                monkeypatch.setattr(made.scheduler, "handle", lambda message: 1 / 0)
+                with pytest.raises(RuntimeClosedError, match="scheduler: ZeroDivisionError"):
+                    await handle
+                break
+        steps = model.num_forwards
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert model.num_forwards == steps
+        assert made.health().state == "failed"
+        assert not made.health().progressing
+        with pytest.raises(RuntimeClosedError):
+            await submit(made, prompt(5), greedy(2))
+
+
+async def test_a_burst_is_bounded_and_every_cancel_arrives() -> None:
+    async with engine(scheduler__max_num_seqs=2, scheduler__max_queue=2) as made:
+        handles = [submit(made, prompt(5, i), greedy(300, ignore_eos=True)) for i in range(50)]
+        for handle in handles:
+            for _ in range(20):
+                handle.cancel()
+        results = await asyncio.gather(*handles, return_exceptions=True)
+    kinds = {type(result) for result in results}
+    assert kinds == {RequestCancelledError, QueueFullError}
+    assert sum(isinstance(result, QueueFullError) for result in results) == 46
+
+
+async def test_a_burst_fills_rows_and_queue() -> None:
+    async with engine(scheduler__max_num_seqs=8, scheduler__max_queue=1) as made:
+        results = await asyncio.gather(
+            *[submit(made, prompt(5, i), greedy(5)) for i in range(9)], return_exceptions=True
+        )
+    assert not [result for result in results if isinstance(result, BaseException)]
+
+
+async def test_an_urgent_request_overtakes_a_long_prompt() -> None:
+    async with engine(scheduler__max_prefill_tokens=16) as made:
+        low = submit(made, prompt(480), greedy(1), priority=3)
+        ended: list[str] = []
+        while not made.scheduler.num_running:
+            await asyncio.sleep(0)
+        urgent = submit(made, prompt(4), greedy(1), priority=0)
+
+        async def wait(name: str, handle: object) -> None:
+            await handle  # type: ignore[misc]
+            ended.append(name)
+
+        await asyncio.gather(wait("low", low), wait("urgent", urgent))
+    assert ended == ["urgent", "low"]
+
+
+async def test_every_choice_publishes_its_own_blocks() -> None:
+    async with engine(num_blocks=200) as made:
+        first = await submit(
+            made, prompt(20), SamplingParams(n=2, temperature=30.0, seed=1, max_tokens=50, ignore_eos=True)
+        )
+        for choice in first.choices:
+            history = [*prompt(20), *choice.token_ids]
+            assert (await submit(made, history, greedy(1))).usage.cached_tokens == 64
+
+
+async def test_a_prompt_as_long_as_the_context_can_be_scored() -> None:
+    async with engine() as made:
+        completion = await submit(made, prompt(512), greedy(0, prompt_logprobs=0))
+        assert len(completion.prompt_logprobs) == 512
+        with pytest.raises(ContextLengthError):
+            await submit(made, prompt(512), greedy(1))
+
+
+async def test_a_long_text_is_cancelled_at_once_and_refused_by_its_size() -> None:
+    async with engine() as made:
+        with pytest.raises(ContextLengthError, match="characters"):
+            await submit(made, "<7>" * 100_000, greedy(1))
+        handle = submit(made, "<7>" * 500, greedy(1))
+        handle.cancel()
+        with pytest.raises((RequestCancelledError, ContextLengthError)):
+            await handle

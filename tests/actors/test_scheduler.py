@@ -131,6 +131,7 @@ class House:
             tokens=tokens,
             eos_token_ids=(EOS,),
             inbox=ends["sampler"][1],
+            own=ends["sampler"][0],
             decode=ends["decode"][0],
             scheduler=ends["scheduler"][0],
             streamer=ends["streamer"][0],
@@ -142,6 +143,8 @@ class House:
         self.limits: dict[int, int] = {}
         self.output: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
+        self.ended_seqs: set[int] = set()  # choices that ended by their tokens
+        self.closed: set[int] = set()
         self.open: dict[int, int] = {}  # rid -> choices that have not ended
 
     def submit(
@@ -170,7 +173,7 @@ class House:
         for name, handle in (
             ("prefill", self.prefill.launch),
             ("decode", self.decode.handle),
-            ("sampler", self.sampler.launch),
+            ("sampler", self.sampler.handle),
             ("scheduler", self.scheduler.handle),
             ("streamer", self.receive),
         ):
@@ -189,6 +192,7 @@ class House:
                 token, rid = next(tokens), request_of(seq)
                 if rid in self.ended:
                     continue
+                assert seq not in self.ended_seqs, "a token behind the end"
                 output = self.output.setdefault(seq, [])
                 assert message.positions[place] == len(output)
                 assert token == next_token([*self.prompts[rid], *output])
@@ -196,12 +200,17 @@ class House:
             for finished in message.finished:
                 rid = request_of(message.seqs[finished.index])
                 if rid in self.open:
+                    seq = message.seqs[finished.index]
+                    assert seq not in self.ended_seqs, "a choice ends twice"
+                    self.ended_seqs.add(seq)
                     output = self.output.get(message.seqs[finished.index], [])
                     assert len(output) == self.limits[rid] or output[-1] == EOS
                     self.open[rid] -= 1
                     if not self.open[rid]:
                         self.end(rid, finished.reason)
         elif isinstance(message, Closed):
+            assert message.rid not in self.closed, "two terminal events"
+            self.closed.add(message.rid)
             if message.rid not in self.ended:  # the last token and a cancel may cross
                 self.end(message.rid, message.reason)
         else:

@@ -148,3 +148,24 @@ def test_importing_installs_nothing_bare(tmp_path: Path) -> None:
         "assert not bare, bare\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+async def test_closing_while_loading_and_a_cancelled_close() -> None:
+    runtime = Runtime(device__threads=1)
+    starting = asyncio.ensure_future(runtime.start())
+    await asyncio.sleep(0)
+    await runtime.close()
+    with pytest.raises(RuntimeClosedError):
+        await starting
+    await runtime.close()
+    assert runtime.health().state == "closed"
+
+    other = Runtime(device__threads=1)
+    await other.start()
+    closing = asyncio.ensure_future(other.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await other.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("millrace")]

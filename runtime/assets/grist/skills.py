@@ -307,11 +307,11 @@ def _sum_is_held_out(ask: str, sign: str, a: int, b: int) -> bool:
 
 def make_sum(rng: random.Random, held: bool) -> Ask:
     """One sum from one side of the line, with operands up to 99."""
-    sign = rng.choices("+-*", (48, 38, 14))[0]
+    sign = rng.choices("+-*", (44, 38, 18))[0]
     if sign == "*":
         return _make_product(rng, held)
     while True:
-        top = rng.choices((9, 20, 50, 99), (20, 30, 25, 25))[0]
+        top = rng.choices((9, 20, 50, 99), (30, 30, 20, 20))[0]
         a, b = rng.randint(0, top), rng.randint(0, top)
         if sign == "-" and a < b:
             a, b = b, a

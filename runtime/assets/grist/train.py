@@ -154,7 +154,7 @@ def loss_of(model: Grist, batch: Batch) -> Tensor:
     return F.cross_entropy(model.logits(states[chosen]), ids[:, 1:][chosen])
 
 
-def rate_at(done: float, warm: float = 0.02, fall: float = 0.5) -> float:
+def rate_at(done: float, fall: float = 0.5, warm: float = 0.02) -> float:
     """Warm up, stay, then fall to zero over the last share `fall` of the time."""
     return min(1.0, done / warm, (1.0 - done) / fall) if done < 1 else 0.0
 
@@ -174,7 +174,14 @@ def export(model: Grist, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def train(
-    minutes: float, folder: Path, rows: int, seed: int, save_minutes: float, start_from: Path | None = None
+    minutes: float,
+    folder: Path,
+    *,
+    rows: int = 8,
+    seed: int = TRAIN_SEED,
+    save_minutes: float = 5,
+    fall: float = 0.5,
+    start_from: Path | None = None,
 ) -> None:
     """Train for `minutes` and leave the checkpoint in `folder`, with an unfinished one there every `save_minutes`.
 
@@ -200,12 +207,12 @@ def train(
         if done >= 1:
             break
         is_long = step % LONG_EVERY == 0 and done > LONG_AFTER
-        drills = 1 if done < DRILL_UNTIL else 0
+        drills = 1 if done < DRILL_UNTIL and start_from is None else 0
         batch = batches.long(ROW * (2, 4, 6, 8)[step // LONG_EVERY % 4]) if is_long else batches.packed(rows, drills)
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(others, 1.0)
-        rate = rate_at(done)
+        rate = rate_at(done, fall)
         muon.step(0.01 * rate, decay=0.02)
         for group in adam.param_groups:
             group["lr"] = 0.004 * rate
@@ -236,12 +243,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TRAIN_SEED)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--save-minutes", type=float, default=5)
+    parser.add_argument("--fall", type=float, default=0.5, help="share of the time over which the learning rate falls")
     parser.add_argument("--start-from", type=Path, help="go on from the checkpoint in this folder")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     train(
-        arguments.minutes, arguments.out, arguments.rows, arguments.seed, arguments.save_minutes, arguments.start_from
+        arguments.minutes,
+        arguments.out,
+        rows=arguments.rows,
+        seed=arguments.seed,
+        save_minutes=arguments.save_minutes,
+        fall=arguments.fall,
+        start_from=arguments.start_from,
     )
 
 
