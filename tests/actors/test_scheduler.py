@@ -15,7 +15,7 @@ import pytest
 from fakes import EOS, VOCAB, LedgerModel, greedy, next_token
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from millrace.actors.admission import Capacity
 from millrace.actors.decode import Decode
@@ -95,7 +95,13 @@ class House:
     """Scheduler, both lanes and sampler without a loop; messages move when `pump` is called."""
 
     def __init__(
-        self, *, num_blocks: int, max_num_seqs: int, max_prefill_tokens: int = 48, overlap: bool = True
+        self,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_prefill_tokens: int = 48,
+        overlap: bool = True,
+        prefix_cache: bool = True,
     ) -> None:
         world = self.world = ManualWorld()
         self.device = ManualDevice(world)
@@ -111,7 +117,7 @@ class House:
         self.scheduler = Scheduler(
             config=config,
             pool=self.pool,
-            hasher=hasher,
+            hasher=hasher if prefix_cache else None,
             max_model_len=256,
             world=world,
             inbox=ends["scheduler"][1],
@@ -145,6 +151,7 @@ class House:
         self.ended: dict[int, str] = {}
         self.ended_seqs: set[int] = set()  # choices that ended by their tokens
         self.closed: set[int] = set()
+        self.stopped: set[int] = set()  # choices that a stop string has ended
         self.open: dict[int, int] = {}  # rid -> choices that have not ended
 
     def submit(
@@ -160,6 +167,17 @@ class House:
         now = self.world.now()
         self.scheduler.handle(Admitted(rid, tokens, tuple(hashes), sampling, 0, max_new, priorities, deadline, now, ""))
         return rid
+
+    def end_choice(self, seq: int, why: str) -> None:
+        """A choice has ended: by its tokens, or by the streamer's stop string, which may cross with tokens."""
+        assert seq not in self.ended_seqs, "a choice ends twice"
+        self.ended_seqs.add(seq)
+        if why == "stop":
+            self.stopped.add(seq)
+        rid = request_of(seq)
+        self.open[rid] -= 1
+        if not self.open[rid]:
+            self.end(rid, why)
 
     def end(self, rid: int, why: str) -> None:
         assert rid not in self.ended, "two terminal events"
@@ -190,7 +208,7 @@ class House:
                 if not message.counts[place]:
                     continue
                 token, rid = next(tokens), request_of(seq)
-                if rid in self.ended:
+                if rid in self.ended or seq in self.stopped:
                     continue
                 assert seq not in self.ended_seqs, "a token behind the end"
                 output = self.output.setdefault(seq, [])
@@ -199,15 +217,11 @@ class House:
                 output.append(token)
             for finished in message.finished:
                 rid = request_of(message.seqs[finished.index])
-                if rid in self.open:
-                    seq = message.seqs[finished.index]
-                    assert seq not in self.ended_seqs, "a choice ends twice"
-                    self.ended_seqs.add(seq)
+                seq = message.seqs[finished.index]
+                if rid in self.open and seq not in self.stopped:
                     output = self.output.get(message.seqs[finished.index], [])
                     assert len(output) == self.limits[rid] or output[-1] == EOS
-                    self.open[rid] -= 1
-                    if not self.open[rid]:
-                        self.end(rid, finished.reason)
+                    self.end_choice(seq, f"sampler: {finished.reason}")
         elif isinstance(message, Closed):
             assert message.rid not in self.closed, "two terminal events"
             self.closed.add(message.rid)
@@ -249,6 +263,10 @@ class Traffic(RuleBasedStateMachine):
         self.house = House(num_blocks=14, max_num_seqs=5)
         self.paused: set[int] = set()
 
+    @initialize(overlap=st.booleans(), prefix_cache=st.booleans())
+    def build(self, overlap: bool, prefix_cache: bool) -> None:
+        self.house = House(num_blocks=14, max_num_seqs=5, overlap=overlap, prefix_cache=prefix_cache)
+
     @rule(
         family=st.integers(0, 2),
         length=st.integers(1, 70),
@@ -276,10 +294,11 @@ class Traffic(RuleBasedStateMachine):
     def stop_string(self, data: st.DataObject) -> None:
         """The streamer has ended one choice by itself."""
         rid = data.draw(st.sampled_from(sorted(self.house.open)))
-        seqs = [seq for seq in self.house.output if request_of(seq) == rid]
-        if len(seqs) == 1 and self.house.open[rid] == 1:
-            self.house.end(rid, "stop")
-            self.house.scheduler.handle(Cancel(rid, None, choice_of(seqs[0])))
+        seqs = [seq for seq in self.house.output if request_of(seq) == rid and seq not in self.house.ended_seqs]
+        if seqs:
+            seq = data.draw(st.sampled_from(sorted(seqs)))
+            self.house.end_choice(seq, "stop")
+            self.house.scheduler.handle(Cancel(rid, None, choice_of(seq)))
 
     @precondition(lambda self: self.house.open)
     @rule(data=st.data())
