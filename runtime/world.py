@@ -1,6 +1,6 @@
 """The seam to everything that is not deterministic: time, randomness, identities, tasks and threads.
 
-Actors take a `World` and use nothing else of the kind (tests/test_determinism_lint.py enforces it), so that the same
+Actors take a `World` and use nothing else of the kind (tests/test_layers.py enforces it), so that the same
 code can run under a simulated world.
 """
 

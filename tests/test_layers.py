@@ -107,7 +107,7 @@ def _stdlib() -> frozenset[str]:
 
 
 # What is not deterministic goes through the world, in everything that the simulator is to run.
-SIMULATED = [name for name in MODULES if name.startswith(("actors.", "runtime.kv"))] + [
+SIMULATED = [name for name in MODULES if name.startswith(("actors.", "runtime.kv", "runtime.scheduling"))] + [
     "runtime.engine",
     "runtime.channel",
     "runtime.mailbox",

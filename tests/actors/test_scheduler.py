@@ -208,9 +208,10 @@ class House:
                 if not message.counts[place]:
                     continue
                 token, rid = next(tokens), request_of(seq)
+                if seq not in self.stopped:
+                    assert seq not in self.ended_seqs, "a token behind the end"
                 if rid in self.ended or seq in self.stopped:
                     continue
-                assert seq not in self.ended_seqs, "a token behind the end"
                 output = self.output.setdefault(seq, [])
                 assert message.positions[place] == len(output)
                 assert token == next_token([*self.prompts[rid], *output])
