@@ -2,7 +2,7 @@
 
 To say back a name that it has never seen, a model must find where the name stands and repeat it piece by piece.
 Transformers learn that in two layers (a head that looks at the token before, and above it one that looks for what
-followed the last time: an "induction head"), but only after far more text than grist's few minutes can read. So one
+followed the last time: an "induction head"), but usually after far more text than grist's few minutes can read. So one
 group of heads is born with it in each of three layers:
 
 - layer 0 copies what stood one, two and three tokens before into subspaces of its own;
