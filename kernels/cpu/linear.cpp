@@ -16,8 +16,10 @@
 namespace {
 
 constexpr int PW = 2 * VL;             // output features per panel
-constexpr long BLOCK_K = 512;          // k per block: a panel's block (64 KiB) and some tiles of x stay in L2
-constexpr long BLOCK_M = 96;           // rows of x per block
+// A block of a panel (128 KiB) and a block of x (768 KiB) stay in L2 together. Longer blocks of k write partial sums
+// less often, and more rows share the widening of a bfloat16 block.
+constexpr long BLOCK_K = 1024;         // k per block
+constexpr long BLOCK_M = 192;          // rows of x per block
 constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
 constexpr long SHARED_PACKING = 1 << 15;  // elements of x from which on the threads share its packing
 constexpr int WIDEN_TILES = 3;         // from so many tiles on, widening a bfloat16 block once pays
