@@ -3,9 +3,6 @@
 There are no phases, only a gap to close: every sequence has a number of positions whose keys and values are computed
 (or are being computed by a launched step) and a number that it wants, and a plan closes some of the gap. Prefill and
 decode are lanes of execution, each with two credits: at most two of its steps are launched and not yet reported.
-
-What is counted per row lives in columns (`runtime/scheduling/residency.py`), so that the cost of a steady step hardly
-depends on the batch.
 """
 
 import heapq
@@ -138,8 +135,6 @@ class Scheduler:
             assert self.num_waiting == 0
             assert len(self._waiting) == self._num_stale
 
-    # -- requests -----------------------------------------------------------------------------------------------------
-
     def _admit(self, admitted: Admitted) -> None:
         # Those who will start in a free row wait for a step, not for somebody else.
         if self.num_waiting >= self._config.max_queue + len(self._rows.free):
@@ -238,8 +233,6 @@ class Scheduler:
         elif sequence in self._ready:
             self._ready.remove(sequence)
 
-    # -- the queue, and who gives way ---------------------------------------------------------------------------------
-
     def _retire(self) -> None:
         """Takes back what no launched step names; those who were preempted wait again, in their old place."""
         for sequence in self.residency.retire():
@@ -256,11 +249,18 @@ class Scheduler:
         self._retire()
 
     def _head(self) -> Sequence | None:
-        """The first in the queue. Those who have ended while they waited stay in the heap until they come up."""
-        while self._waiting and self._waiting[0].ended:
+        """The first in the queue who wants to run. Those who have ended while they waited, and those whose readers have
+        stalled, are taken out when they come up."""
+        while self._waiting:
+            first = self._waiting[0]
+            if first.ended:
+                self._num_stale -= 1
+            elif first.request.paused:
+                self._parked.append(first)
+            else:
+                return first
             heapq.heappop(self._waiting)
-            self._num_stale -= 1
-        return self._waiting[0] if self._waiting else None
+        return None
 
     def _start_waiting(self, head: Sequence) -> bool:
         """Starts the head of the queue if there is room; those behind it never overtake it for being smaller."""
@@ -295,8 +295,6 @@ class Scheduler:
                 self.residency.take_row(other)
         self._prefilling.append(sequence)
         return True
-
-    # -- prefill ------------------------------------------------------------------------------------------------------
 
     def _plan_prefill(self) -> bool:
         budget = self._budget.tokens(decoding=bool(self._batch))
@@ -343,8 +341,6 @@ class Scheduler:
         rows.inflight[step.rows] += 1
         self._take_credit(Lane.PREFILL, step)
         self._prefill.send_nowait(plan)
-
-    # -- decode -------------------------------------------------------------------------------------------------------
 
     def _plan_decode(self) -> bool:
         rows = self._rows
@@ -439,8 +435,6 @@ class Scheduler:
             if victim is sequence:
                 return None
         return self.residency.pool.allocate(1)
-
-    # -- steps --------------------------------------------------------------------------------------------------------
 
     def _take_credit(self, lane: Lane, step: Step) -> None:
         if not self.num_launched:

@@ -5,6 +5,7 @@ It is the author of stop strings (docs/architecture.md, "One terminal event").
 
 import asyncio
 import math
+from collections.abc import Iterable
 from itertools import compress
 
 from millrace.runtime.channel import Receiver, Sender
@@ -148,12 +149,14 @@ class Streamer:
         now = self._world.now()
         first_waits: list[float] = []
         waits: list[float] = []
-        drawn = sampled.counts.tolist()
-        places = compress(range(len(drawn)), drawn)
-        positions = compress(sampled.positions.tolist(), drawn)
         tokens = sampled.tokens.tolist()
-        for place, seq, position, token in zip(places, compress(sampled.seqs, drawn), positions, tokens, strict=True):
-            choice = self._choices.get(seq)
+        columns: list[Iterable[int]] = [range(len(sampled.seqs)), sampled.seqs, sampled.positions.tolist()]
+        if len(tokens) < len(sampled.seqs):
+            drawn = sampled.counts.tolist()
+            columns = [compress(column, drawn) for column in columns]
+        choices = self._choices
+        for place, seq, position, token in zip(*columns, tokens, strict=True):
+            choice = choices.get(seq)
             if choice is None:
                 continue  # closed here already: a stop string, a cancel, or an error
             if position != choice.num_tokens:
@@ -165,11 +168,12 @@ class Streamer:
             choice.num_tokens = position + 1
             choice.last_at = now
             # The id that ends a text is no part of it, unless its owner asked to see where it stopped.
-            hidden = place in stop_ids and not choice.stream.sampling.include_stop
+            hidden = stop_ids and place in stop_ids and not choice.stream.sampling.include_stop
             text = "" if hidden else choice.detokenizer.push((token,))
-            touched[choice.mailbox] = None
+            mailbox = choice.mailbox
+            touched[mailbox] = None
             if choice.stops is None:
-                choice.mailbox.push(choice.index, text, token, logprobs.get(place))
+                mailbox.push(choice.index, text, token, logprobs.get(place) if logprobs else None)
             else:
                 self._push_with_stops(seq, choice, text, token, logprobs.get(place))
         self._metrics.tokens_generated.inc(len(tokens))

@@ -23,5 +23,5 @@ class PrefixHasher:
         size = self._block_size
         for start in range(len(hashes) * size, len(tokens) - size + 1, size):
             parent = hashes[-1] if hashes else hashlib.blake2b(salt.encode(), digest_size=DIGEST_SIZE).digest()
-            block = np.ascontiguousarray(tokens[start : start + size], dtype=np.int32)
-            hashes.append(hashlib.blake2b(parent + block.tobytes(), key=self._key, digest_size=DIGEST_SIZE).digest())
+            block = tokens[start : start + size].tobytes()
+            hashes.append(hashlib.blake2b(parent + block, key=self._key, digest_size=DIGEST_SIZE).digest())

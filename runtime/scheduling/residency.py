@@ -165,7 +165,8 @@ class Residency:
 
     def _publish(self, hasher: PrefixHasher, sequence: Sequence, full: int) -> None:
         tokens = self.rows.history[sequence.row]
-        hasher.extend(sequence.hashes, tokens[: full * BLOCK_SIZE], sequence.request.admitted.cache_salt)
+        if len(sequence.hashes) < full:
+            hasher.extend(sequence.hashes, tokens[: full * BLOCK_SIZE], sequence.request.admitted.cache_salt)
         for index in range(sequence.published, full):
             own = tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
             self.pool.publish(sequence.table[index], sequence.hashes[index], own)
