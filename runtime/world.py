@@ -94,5 +94,7 @@ class AsyncioWorld:
             self._threads.shutdown(wait=True, cancel_futures=True)
             self.call_soon_threadsafe(joined.set)
 
-        threading.Thread(target=join, name="millrace-join", daemon=True).start()
+        thread = threading.Thread(target=join, name="millrace-join", daemon=True)
+        thread.start()
         await joined.wait()
+        thread.join()  # it has said its last word
