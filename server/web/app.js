@@ -243,8 +243,10 @@ function timing({ started, first, last, usage }) {
   const notes = [];
   const tokens = usage?.completion_tokens;
   if (tokens !== undefined) notes.push(count(tokens, tokens === 1 ? "token" : "tokens"));
-  // The first token belongs to the time before it. Over a few milliseconds the rate would measure the network's packets.
-  if (tokens > 1 && last - first >= 5) notes.push(count((tokens - 1) / ((last - first) / 1000), "tokens/s"));
+  // The first token belongs to the time before it. Where all of them came together, only the whole answer has a rate.
+  const together = last - first < 5;
+  const seconds = (last - (together ? started : first)) / 1000;
+  if (tokens > 1) notes.push(count((together ? tokens : tokens - 1) / seconds, "tokens/s"));
   if (first !== null) notes.push(`${duration(first - started)} to first token`);
   return notes;
 }

@@ -254,6 +254,19 @@ async def test_answer_streams_in_and_the_quiet_line_measures_it(chat: Chat) -> N
     assert float(first.removesuffix(" s to first token")) >= 3
 
 
+async def test_rate_of_an_answer_that_came_all_at_once_is_over_the_whole_time(chat: Chat) -> None:
+    page = await chat.open()
+    await page.clock.install()
+    exchange = await chat.ask("What is the capital of France?")
+    await page.clock.fast_forward(2000)
+    exchange.text("The capital of France is Paris.")
+    exchange.end(8)
+    await chat.idle()
+    tokens, rate, _ = await chat.stats.locator("span").all_inner_texts()
+    assert tokens == "8 tokens"
+    assert 0 < float(rate.removesuffix(" tokens/s")) <= 8 / 2
+
+
 async def test_history_is_sent_and_html_stays_text(chat: Chat) -> None:
     page = await chat.open()
     html = "<img src=x onerror=alert(1)><b>bold</b> & <script>alert(2)</script>"
