@@ -5,38 +5,34 @@ It is the author of EOS, stop ids, length and broken logits (docs/architecture.m
 
 from functools import partial
 
-import msgspec
 import numpy as np
 
 from millrace.runtime.channel import Receiver, Sender
-from millrace.runtime.device import Device
+from millrace.runtime.device import Device, StepMemoryError
 from millrace.runtime.errors import ErrorInfo, RequestFailedError
+from millrace.runtime.lanes import SamplingLane
 from millrace.runtime.messages import (
     Column,
     DecodeInbox,
     Finished,
     LogitsReady,
     RowsReady,
-    SampleJoin,
     SamplerInbox,
     SchedulerInbox,
     StepDone,
     StreamerInbox,
     TokensSampled,
 )
-from millrace.runtime.sampling.batch import SamplerState
-from millrace.runtime.sampling.rows import TokenRows
-from millrace.runtime.types import FinishReason, Lane, SamplingParams, choice_of
+from millrace.runtime.types import FinishReason, Lane
 from millrace.runtime.world import World
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
-_PLAIN = SamplingParams(temperature=0.0)
 
 
 class Sampler:
-    """Owns the sampling state of all rows on the device, and what decides a sequence's end on the host.
+    """Owns what decides a sequence's end on the host; its lane owns the sampling state of all rows on the device.
 
-    The device's part runs in stream order and never waits for the host: a sequence that has ended is sampled once or
+    The lane's part runs in stream order and never waits for the host: a sequence that has ended is sampled once or
     twice more by the steps launched behind its last one, and those tokens are dropped here.
     """
 
@@ -45,8 +41,7 @@ class Sampler:
         *,
         device: Device,
         world: World,
-        state: SamplerState,
-        tokens: TokenRows,
+        lane: SamplingLane,
         eos_token_ids: tuple[int, ...],
         inbox: Receiver[SamplerInbox],
         own: Sender[SamplerInbox],
@@ -61,13 +56,10 @@ class Sampler:
         self._decode = decode
         self._scheduler = scheduler
         self._streamer = streamer
-        # In stream order only:
-        self._state = state
-        self._tokens = tokens
-        self._joined: set[int] = set()
-        # On the host, [max_rows]:
-        rows = tokens.max_rows
-        self._is_eos = np.zeros(state.vocab_size, dtype=bool)  # [vocab_size]
+        self._lane = lane
+        # [max_rows]:
+        rows = lane.max_rows
+        self._is_eos = np.zeros(lane.vocab_size, dtype=bool)  # [vocab_size]
         self._is_eos[list(eos_token_ids)] = True
         self._num_output = np.zeros(rows, dtype=np.int32)
         self._max_new = np.zeros(rows, dtype=np.int32)
@@ -97,43 +89,15 @@ class Sampler:
                 self._stop_ids[join.row] = frozenset(join.sampling.stop_token_ids)
         launched_at = self._world.now()
         if len(ready.rows):
-            self._device.launch(ready.stream, partial(ready.output.run, partial(self._sample, ready)))
+            self._device.launch(ready.stream, partial(ready.output.run, partial(self._lane.run, ready)))
         if ready.lane is Lane.DECODE:
             self._decode.send_nowait(RowsReady(ready.step))
         self._device.notify(ready.stream, partial(self._own.send_nowait, StepDone(ready, launched_at)))
 
-    def _sample(self, ready: LogitsReady) -> None:
-        """In stream order: draws, and leaves the tokens where the next decode step reads them."""
-        broken = {index: reason for index, join in enumerate(ready.joins) if (reason := self._join(join)) is not None}
-        sampled = self._state.sample(ready.output.logits, ready.rows, ready.logits_index)
-        if broken:
-            sampled = msgspec.structs.replace(
-                sampled,
-                bad_rows=np.append(sampled.bad_rows, list(broken)).astype(np.int64),
-                bad_reasons=(*sampled.bad_reasons, *broken.values()),
-            )
-        # A row with broken logits has no token; it has ended, and what is computed behind it is dropped.
-        self._tokens.scatter(ready.rows, np.maximum(sampled.tokens, 0))
-        ready.output.sampled = sampled
-        ready.output.logits = None
-
-    def _join(self, join: SampleJoin) -> str | None:
-        """In stream order: puts a sequence into its row. What goes wrong ends this sequence and not the step: then it
-        says why, and the row takes part in this step with parameters that cannot fail."""
-        if join.row in self._joined:
-            self._joined.remove(join.row)
-            self._state.leave(join.row)
-        reason = None
-        try:
-            self._state.join(join.row, join.sampling, join.seed, choice_of(join.seq), join.prompt, join.output)
-        except Exception as error:
-            reason = f"the sampling parameters cannot be used ({type(error).__name__})"
-            self._state.join(join.row, _PLAIN, 0, 0, _NO_TOKENS, _NO_TOKENS)
-        self._joined.add(join.row)
-        return reason
-
     def complete(self, done: StepDone) -> None:
         """Tells scheduler and streamer what a step brought."""
+        done.ready.output.finish()
+        self._device.check()
         message = self._report(done.ready, done.launched_at)
         self._scheduler.send_nowait(message)
         self._streamer.send_nowait(message)
@@ -146,10 +110,11 @@ class Sampler:
         tokens: Column = _NO_TOKENS
         positions = self._num_output[rows]
         if output.error is not None:
-            message = f"the engine failed while it computed this request: {type(output.error).__name__}"
-            error = RequestFailedError(message).info()
+            error = _step_error(output.error)
             self._ended[rows] = True
         elif len(rows):
+            if output.failed:
+                self._ended[rows[[seq in output.failed for seq in ready.seqs]]] = True
             drawn = ~self._ended[rows]
             finished = self._finish(ready, positions, drawn)
             counts = drawn.astype(np.int32)
@@ -167,6 +132,7 @@ class Sampler:
             logprobs=None if output.sampled is None else output.sampled.logprobs,
             prompt_logprobs=output.prompt_logprobs,
             error=error,
+            failed=tuple((seq, _step_error(reason)) for seq, reason in output.failed.items()),
             launched_at=launched_at,
             ready_at=self._world.now(),
         )
@@ -206,3 +172,8 @@ class Sampler:
             self._ended[row] = True
             self._stop_ids.pop(row, None)
         return tuple(finished)
+
+
+def _step_error(error: Exception) -> ErrorInfo:
+    reason = str(error) if isinstance(error, StepMemoryError) else type(error).__name__
+    return RequestFailedError(f"the engine failed while it computed this request: {reason}").info()

@@ -33,7 +33,7 @@ from millrace.runtime.scheduling.budget import PrefillBudget
 from millrace.runtime.scheduling.plans import Chunk, Copy, Update, decode_plan, prefill_plan
 from millrace.runtime.scheduling.records import Request, SchedulerStats, Sequence, Step
 from millrace.runtime.scheduling.residency import Residency
-from millrace.runtime.types import BLOCK_SIZE, FinishReason, Lane, RequestId
+from millrace.runtime.types import BLOCK_SIZE, FinishReason, Lane, RequestId, SequenceId
 from millrace.runtime.world import World
 
 PROMPT_LOGPROB_CHUNK = 64  # tokens; logits of a whole chunk are held at once, [chunk, vocab_size] float32
@@ -460,6 +460,8 @@ class Scheduler:
             self._fail(step, sampled.error)
             return
 
+        for seq, error in sampled.failed:
+            self._fail(step, error, seq)
         self.residency.confirm(step)
         sampled_rows = step.rows
         if step.ends is not None:
@@ -484,10 +486,10 @@ class Scheduler:
             if sequence is not None:
                 self._end(sequence)
 
-    def _fail(self, step: Step, error: ErrorInfo) -> None:
-        """A failed step ends the requests that were in it, and no others."""
+    def _fail(self, step: Step, error: ErrorInfo, seq: SequenceId | None = None) -> None:
+        """A failed step ends the requests that were in it, or that of one sequence, and no others."""
         for sequence in step.sequences:
             request = self._requests.get(sequence.request.admitted.rid)
-            if request is not None and not sequence.ended:
+            if request is not None and not sequence.ended and seq in (None, sequence.seq):
                 self._close(request.admitted.rid, FinishReason.FAILED, error)
                 self._end_request(request)

@@ -1,7 +1,7 @@
 """What passes between the fronts in `ops` and the backends: argument records, packed weights, refusals."""
 
 import abc
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,23 +26,26 @@ class PackedLinear(abc.ABC):
         in_features: columns of the weight [out_features, in_features].
         out_features: rows of the weight.
         weight_bytes: bytes held, padding and bias included.
-        dtype: of the stored weight, float32 or bfloat16; arithmetic is float32 either way.
+        dtype: of the stored weight; sums are float32 whatever it is.
+        activation: dtype of what goes in and comes out.
     """
 
     in_features: int
     out_features: int
     weight_bytes: int
     dtype: torch.dtype
+    activation: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x @ weight.T + bias: x [num_tokens, in_features] float32 -> [num_tokens, out_features] float32.
+        """x @ weight.T + bias: x [num_tokens, in_features] -> [num_tokens, out_features], both of `activation`.
 
         Raises:
             ValueError: x has another shape or dtype, or is not contiguous.
         """
-        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != torch.float32 or not x.is_contiguous():
+        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != self.activation or not x.is_contiguous():
             raise ValueError(
-                f"linear: x is {describe(x)}, but it must be contiguous float32 [num_tokens, {self.in_features}]"
+                f"linear: x is {describe(x)}, but it must be contiguous {_name(self.activation)}"
+                f" [num_tokens, {self.in_features}]"
             )
         return self.apply(x)
 
@@ -52,7 +55,7 @@ class PackedLinear(abc.ABC):
 
     @abc.abstractmethod
     def row_lookup(self, tokens: Tensor) -> Tensor:
-        """Rows of the weight, for a tied embedding: tokens [num_tokens] int64 -> [num_tokens, in_features] float32."""
+        """Rows of the weight, for a tied embedding: tokens [num_tokens] int64 -> [num_tokens, in_features]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,10 @@ class AttentionBatch:
         block_tables: [num_seqs, max_blocks] int32.
         max_query_len, max_context_len: maxima over the sequences.
         num_tokens: query tokens of the batch.
+        bounds, contexts: query_starts and context_lens on the host; None in a captured step, whose lengths are known
+            to the device alone and which has one query token per sequence.
+        is_decode: a step of the decode lane, one query token per sequence: no two of them run at once, so that they may
+            share memory that a backend keeps.
     """
 
     query_starts: Tensor
@@ -73,6 +80,9 @@ class AttentionBatch:
     max_query_len: int
     max_context_len: int
     num_tokens: int
+    bounds: Sequence[int] | None
+    contexts: Sequence[int] | None
+    is_decode: bool = False
     _plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -88,57 +98,86 @@ class AttentionBatch:
 
 
 class PackArgs(NamedTuple):
-    weight: Tensor  # [out, in] float32 or bfloat16
+    weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
+    activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
 
 
 class EmbeddingArgs(NamedTuple):
     tokens: Tensor  # [num_tokens] int64
-    weight: Tensor  # [vocab, hidden] float32 or bfloat16
+    weight: Tensor  # [vocab, hidden]
+    dtype: torch.dtype = torch.float32  # of the result
 
 
 class NormArgs(NamedTuple):
     """For the four norms. Layer norms have a bias, the `add_` forms a residual that takes the sum in place."""
 
-    x: Tensor  # [..., hidden] float32
+    x: Tensor  # [..., hidden]
     weight: Tensor  # [hidden]
     eps: float
     bias: Tensor | None = None  # [hidden]
-    residual: Tensor | None = None  # [..., hidden] float32, replaced by x + residual
+    residual: Tensor | None = None  # as x, replaced by x + residual
 
 
 class ActivationArgs(NamedTuple):
-    x: Tensor  # silu_mul: [num_tokens, 2 * width], gelu_tanh: any shape; float32
+    x: Tensor  # silu_mul: [num_tokens, 2 * width], gelu_tanh: any shape
 
 
 class RopeArgs(NamedTuple):
-    q: Tensor  # [num_tokens, num_heads, head_dim] float32, changed in place
-    k: Tensor  # [num_tokens, num_kv_heads, head_dim] float32, changed in place
+    q: Tensor  # [num_tokens, num_heads, head_dim], changed in place
+    k: Tensor  # [num_tokens, num_kv_heads, head_dim], changed in place
     cos_sin: Tensor  # [max_positions, rotary_dim] float32, cosines in the first half
     positions: Tensor  # [num_tokens] int64
 
 
 class WriteKvArgs(NamedTuple):
-    k: Tensor  # [num_tokens, num_kv_heads, head_dim] float32
+    k: Tensor  # [num_tokens, num_kv_heads, head_dim]
     v: Tensor  # as k
-    k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32
+    k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     v_cache: Tensor  # as k_cache
     slot_mapping: Tensor  # [num_tokens] int64, block * BLOCK_SIZE + offset
 
 
+class RopeKvArgs(NamedTuple):
+    """What stands between the product that gives queries, keys and values, and the attention."""
+
+    qkv: Tensor  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: queries, then keys, then values; may change
+    num_heads: int
+    kv_cache: Tensor  # [2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim], keys first
+    positions: Tensor  # [num_tokens] int64
+    slot_mapping: Tensor  # [num_tokens] int64, block * BLOCK_SIZE + offset
+    cos_sin: Tensor | None  # [max_positions, rotary_dim] float32; None turns nothing
+    q_norm: Tensor | None  # [head_dim], scale of an RMS norm of each query before the rotation; None for no norm
+    k_norm: Tensor | None  # [head_dim], the same for keys
+    eps: float
+    kv_scales: Tensor | None = None  # [2, num_blocks, num_kv_heads, BLOCK_SIZE] float32, of a pool of 8 bits
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_cache.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_cache.shape[4]
+
+
 class AttentionArgs(NamedTuple):
-    q: Tensor  # [num_tokens, num_heads, head_dim] float32
-    k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32
+    q: Tensor  # [num_tokens, num_heads, head_dim]
+    k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     v_cache: Tensor  # as k_cache
     batch: AttentionBatch
     scale: float
     window: int | None
+    kv_scales: Tensor | None = None  # as RopeKvArgs.kv_scales
 
 
 class CopyBlocksArgs(NamedTuple):
     kv_storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
-    source: Tensor  # [num_copies] int64
-    target: Tensor  # [num_copies] int64
+    source: Tensor  # [num_copies] int64, on the host
+    target: Tensor  # [num_copies] int64, on the host
+    kv_scales: Tensor | None = (
+        None  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE] float32, of a pool of 8 bits
+    )
 
 
 class Backend:
@@ -174,6 +213,9 @@ class Backend:
     def write_kv(self, args: WriteKvArgs) -> Refusal | None:
         return self._lacks("write_kv")
 
+    def rope_kv(self, args: RopeKvArgs) -> Tensor | Refusal:
+        return self._lacks("rope_kv")
+
     def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
         return self._lacks("paged_attention")
 
@@ -181,7 +223,11 @@ class Backend:
         return self._lacks("copy_blocks")
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(tensor: Tensor) -> str:
     """Shape, dtype and layout of a tensor, for an error message."""
     layout = "" if tensor.is_contiguous() else ", not contiguous"
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}{layout}"
+    return f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}{layout}"

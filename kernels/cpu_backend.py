@@ -110,11 +110,13 @@ class CpuBackend(Backend):
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         if not args.weight.is_cpu:
             return _elsewhere(args.weight)
+        if args.activation != torch.float32 or args.weight.dtype not in (torch.float32, torch.bfloat16):
+            return Refusal(f"it has no product of {args.activation} by {args.weight.dtype}")
         return CpuLinear(self._library, args.weight, args.bias)
 
     def rms_norm(self, args: NormArgs) -> Tensor | Refusal:
         x, residual = args.x, args.residual
-        if not x.is_cpu:
+        if not _serves(x):
             return _elsewhere(x)
         weight = args.weight.float()
         width = x.shape[-1]
@@ -127,7 +129,7 @@ class CpuBackend(Backend):
 
     def layer_norm(self, args: NormArgs) -> Tensor | Refusal:
         x, residual = args.x, args.residual
-        if not x.is_cpu:
+        if not _serves(x):
             return _elsewhere(x)
         weight, bias = args.weight.float(), None if args.bias is None else args.bias.float()
         width = x.shape[-1]
@@ -140,7 +142,7 @@ class CpuBackend(Backend):
         return y
 
     def silu_mul(self, args: ActivationArgs) -> Tensor | Refusal:
-        if not args.x.is_cpu:
+        if not _serves(args.x):
             return _elsewhere(args.x)
         rows, width = args.x.shape[0], args.x.shape[1] // 2
         y = torch.empty(rows, width)
@@ -148,7 +150,7 @@ class CpuBackend(Backend):
         return y
 
     def gelu_tanh(self, args: ActivationArgs) -> Tensor | Refusal:
-        if not args.x.is_cpu:
+        if not _serves(args.x):
             return _elsewhere(args.x)
         y = torch.empty_like(args.x)
         self._library.mr_gelu_tanh(args.x.data_ptr(), y.data_ptr(), args.x.numel(), torch.get_num_threads())
@@ -156,7 +158,7 @@ class CpuBackend(Backend):
 
     def rope(self, args: RopeArgs) -> Refusal | None:
         q, k, cos_sin = args.q, args.k, args.cos_sin
-        if not q.is_cpu:
+        if not _serves(q):
             return _elsewhere(q)
         bad = self._library.mr_rope(
             q.data_ptr(), k.data_ptr(), cos_sin.data_ptr(), args.positions.data_ptr(), q.shape[0], q.shape[1],
@@ -169,7 +171,7 @@ class CpuBackend(Backend):
 
     def write_kv(self, args: WriteKvArgs) -> Refusal | None:
         k, cache = args.k, args.k_cache
-        if not k.is_cpu:
+        if not _serves(k):
             return _elsewhere(k)
         bad = self._library.mr_write_kv(
             k.data_ptr(), args.v.data_ptr(), cache.data_ptr(), args.v_cache.data_ptr(), args.slot_mapping.data_ptr(),
@@ -182,8 +184,10 @@ class CpuBackend(Backend):
 
     def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
         q, cache, batch = args.q, args.k_cache, args.batch
-        if not q.is_cpu:
+        if not _serves(q):
             return _elsewhere(q)
+        if args.kv_scales is not None:
+            return Refusal(f"it reads no pool of {cache.dtype}")
         head_dim = q.shape[2]
         if head_dim % self._dim_step or head_dim > self._max_dim:
             return Refusal(f"head_dim {head_dim} is not a multiple of {self._dim_step} up to {self._max_dim}")
@@ -202,5 +206,9 @@ class CpuBackend(Backend):
         return out
 
 
+def _serves(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32
+
+
 def _elsewhere(tensor: Tensor) -> Refusal:
-    return Refusal(f"the tensors are on {tensor.device}, not on the CPU")
+    return Refusal(f"the tensors are {tensor.dtype} on {tensor.device}, not float32 on the CPU")

@@ -1,8 +1,9 @@
 """The ops that models are written in. Each front checks its arguments and asks the backends in order of preference.
 
-Activations are contiguous float32; weights are float32 or bfloat16 and arithmetic is float32. A backend that cannot
-serve refuses with a reason; if all refuse, `UnservedError` lists every reason. All fronts raise ValueError, with the
-shapes, for a wrong rank, dtype, size, device or layout: kernels compute addresses from shapes alone.
+Activations are contiguous and of one type throughout a model: float32 on the CPU, bfloat16 or float16 on a GPU. Weights
+are of any of the three, sums are float32. A backend that cannot serve refuses with a reason; if all refuse,
+`UnservedError` lists every reason. All fronts raise ValueError, with the shapes, for a wrong rank, dtype, size, device
+or layout: kernels compute addresses from shapes alone.
 
 `backends` (last argument of each front) replaces the default list, which `default_backends()` gives.
 """
@@ -28,6 +29,7 @@ from millrace.kernels.arguments import (
     PackedLinear,
     Refusal,
     RopeArgs,
+    RopeKvArgs,
     WriteKvArgs,
     describe,
 )
@@ -38,6 +40,7 @@ from millrace.kernels.torch_backend import TorchBackend
 __all__ = [
     "BLOCK_SIZE",
     "AttentionBatch",
+    "Backends",
     "PackedLinear",
     "UnservedError",
     "add_layer_norm",
@@ -53,6 +56,7 @@ __all__ = [
     "prepare",
     "rms_norm",
     "rope_",
+    "rope_kv",
     "silu_mul",
     "write_kv",
 ]
@@ -114,7 +118,8 @@ def _refuse(op: str, name: str, tensor: Tensor, wanted: str) -> ValueError:
 
 
 _FLOAT = (torch.float32,)
-_WEIGHT = (torch.float32, torch.bfloat16)
+_KV_8_BIT = (torch.float8_e4m3fn, torch.int8)
+_ACTIVATION = _WEIGHT = (torch.float32, torch.bfloat16, torch.float16)
 _LONG = (torch.int64,)
 _INT = (torch.int32,)
 
@@ -133,8 +138,14 @@ def _check(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...], dty
     raise _refuse(op, name, tensor, f"contiguous {kinds} [{', '.join(map(str, shape))}]")
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None, *, backends: Backends = None) -> PackedLinear:
-    """Takes a weight [out, in] (float32 or bfloat16) and bias [out] into the layout that multiplies fastest.
+def pack_linear(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: torch.dtype = torch.float32,
+    backends: Backends = None,
+) -> PackedLinear:
+    """Takes a weight [out, in] and bias [out] into the layout that multiplies fastest, for inputs of type `activation`.
 
     The result keeps either the given tensor or its own copy, never both. For a tied embedding, pack the matrix once
     and look rows up with `PackedLinear.row_lookup`.
@@ -144,27 +155,29 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, backends: Backend
         raise _refuse("pack_linear", "weight", weight, "of at least one row and one column")
     if bias is not None:
         _check("pack_linear", "bias", bias, (weight.shape[0],), _WEIGHT)
-    packed: PackedLinear = _serve("pack_linear", PackArgs(weight, bias), backends)
+    packed: PackedLinear = _serve("pack_linear", PackArgs(weight, bias, activation), backends)
     return packed
 
 
-def embedding(tokens: Tensor, weight: Tensor, *, backends: Backends = None) -> Tensor:
-    """Rows of a table: tokens [num_tokens] int64, weight [vocab, hidden] -> [num_tokens, hidden] float32."""
+def embedding(
+    tokens: Tensor, weight: Tensor, *, dtype: torch.dtype = torch.float32, backends: Backends = None
+) -> Tensor:
+    """Rows of a table: tokens [num_tokens] int64, weight [vocab, hidden] -> [num_tokens, hidden] of type `dtype`."""
     _check("embedding", "tokens", tokens, ("num_tokens",), _LONG)
     _check("embedding", "weight", weight, ("vocab", "hidden"), _WEIGHT)
-    y: Tensor = _serve("embedding", EmbeddingArgs(tokens, weight), backends)
+    y: Tensor = _serve("embedding", EmbeddingArgs(tokens, weight, dtype), backends)
     return y
 
 
 def _check_norm(op: str, args: NormArgs) -> None:
     x = args.x
-    if x.dim() < 1 or x.dtype != torch.float32 or not x.is_contiguous():
-        raise _refuse(op, "x", x, "contiguous float32 [..., hidden]")
+    if x.dim() < 1 or x.dtype not in _ACTIVATION or not x.is_contiguous():
+        raise _refuse(op, "x", x, "contiguous float32, bfloat16 or float16 [..., hidden]")
     _check(op, "weight", args.weight, (x.shape[-1],), _WEIGHT)
     if args.bias is not None:
         _check(op, "bias", args.bias, (x.shape[-1],), _WEIGHT)
     if args.residual is not None:
-        _check(op, "residual", args.residual, tuple(x.shape), _FLOAT)
+        _check(op, "residual", args.residual, tuple(x.shape), (x.dtype,))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backends: Backends = None) -> Tensor:
@@ -203,7 +216,7 @@ def add_layer_norm(
 
 def silu_mul(gate_up: Tensor, *, backends: Backends = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020): gate_up [num_tokens, 2 * width], gate first -> [num_tokens, width]."""
-    _check("silu_mul", "gate_up", gate_up, ("num_tokens", "2 * width"), _FLOAT)
+    _check("silu_mul", "gate_up", gate_up, ("num_tokens", "2 * width"), _ACTIVATION)
     if gate_up.shape[1] % 2:
         raise _refuse("silu_mul", "gate_up", gate_up, "of an even width: gate, then up")
     y: Tensor = _serve("silu_mul", ActivationArgs(gate_up), backends)
@@ -212,8 +225,8 @@ def silu_mul(gate_up: Tensor, *, backends: Backends = None) -> Tensor:
 
 def gelu_tanh(x: Tensor, *, backends: Backends = None) -> Tensor:
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) elementwise (Hendrycks & Gimpel 2016)."""
-    if x.dtype != torch.float32 or not x.is_contiguous():
-        raise _refuse("gelu_tanh", "x", x, "contiguous float32")
+    if x.dtype not in _ACTIVATION or not x.is_contiguous():
+        raise _refuse("gelu_tanh", "x", x, "contiguous float32, bfloat16 or float16")
     y: Tensor = _serve("gelu_tanh", ActivationArgs(x), backends)
     return y
 
@@ -224,18 +237,34 @@ def rope_(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, *, backends:
     q [num_tokens, num_heads, head_dim], k [num_tokens, num_kv_heads, head_dim], cos_sin [max_positions, rotary_dim]
     with the cosines in the first half of the columns, positions [num_tokens] int64 below max_positions.
     """
-    _check("rope_", "q", q, ("num_tokens", "num_heads", "head_dim"), _FLOAT)
-    _check("rope_", "k", k, (q.shape[0], "num_kv_heads", q.shape[2]), _FLOAT)
+    _check("rope_", "q", q, ("num_tokens", "num_heads", "head_dim"), _ACTIVATION)
+    _check("rope_", "k", k, (q.shape[0], "num_kv_heads", q.shape[2]), (q.dtype,))
     _check("rope_", "cos_sin", cos_sin, ("max_positions", "rotary_dim"), _FLOAT)
     _check("rope_", "positions", positions, (q.shape[0],), _LONG)
-    if cos_sin.shape[1] % 2 or cos_sin.shape[1] > q.shape[2]:
-        raise _refuse("rope_", "cos_sin", cos_sin, f"of an even rotary_dim up to head_dim {q.shape[2]}")
+    _check_rotary_dim("rope_", cos_sin, q.shape[2])
     _serve("rope", RopeArgs(q, k, cos_sin, positions), backends)
 
 
-def _check_cache(op: str, k_cache: Tensor, v_cache: Tensor, num_kv_heads: int | str, head_dim: int) -> None:
-    _check(op, "k_cache", k_cache, ("num_blocks", num_kv_heads, BLOCK_SIZE, head_dim), _FLOAT)
-    _check(op, "v_cache", v_cache, tuple(k_cache.shape), _FLOAT)
+def _check_rotary_dim(op: str, cos_sin: Tensor, head_dim: int) -> None:
+    if cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
+        raise _refuse(op, "cos_sin", cos_sin, f"of an even rotary_dim up to head_dim {head_dim}")
+
+
+def _check_cache(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_kv_heads: int | str,
+    head_dim: int | str,
+    dtype: torch.dtype,
+    kv_scales: Tensor | None = None,
+) -> None:
+    """The pool of one layer: of the activations' dtype, or of 8 bits with scales."""
+    dtypes = (dtype,) if kv_scales is None else _KV_8_BIT
+    _check(op, "k_cache", k_cache, ("num_blocks", num_kv_heads, BLOCK_SIZE, head_dim), dtypes)
+    _check(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,))
+    if kv_scales is not None:
+        _check(op, "kv_scales", kv_scales, (2, *k_cache.shape[:3]), _FLOAT)
 
 
 def write_kv(
@@ -245,20 +274,99 @@ def write_kv(
 
     slot_mapping [num_tokens] int64 is block * BLOCK_SIZE + offset; no slot may occur twice.
     """
-    _check("write_kv", "k", k, ("num_tokens", "num_kv_heads", "head_dim"), _FLOAT)
-    _check("write_kv", "v", v, tuple(k.shape), _FLOAT)
-    _check_cache("write_kv", k_cache, v_cache, k.shape[1], k.shape[2])
+    _check("write_kv", "k", k, ("num_tokens", "num_kv_heads", "head_dim"), _ACTIVATION)
+    _check("write_kv", "v", v, tuple(k.shape), (k.dtype,))
+    _check_cache("write_kv", k_cache, v_cache, k.shape[1], k.shape[2], k.dtype)
     _check("write_kv", "slot_mapping", slot_mapping, (k.shape[0],), _LONG)
     _serve("write_kv", WriteKvArgs(k, v, k_cache, v_cache, slot_mapping), backends)
 
 
+def rope_kv(
+    qkv: Tensor,
+    num_heads: int,
+    kv_cache: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    *,
+    cos_sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    kv_scales: Tensor | None = None,
+    backends: Backends = None,
+) -> Tensor:
+    """Norms queries and keys, turns them by their positions, and puts keys and values into the pool: all that stands
+    between the product of a layer's queries, keys and values and its attention, in one pass over them.
+
+    Where no backend has it in one piece, it is composed of rms_norm, rope_ and write_kv.
+
+    Args:
+        qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], queries first, then keys, then values; its
+            contents may be changed.
+        kv_cache: [2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] of one layer, keys first.
+        positions, slot_mapping: [num_tokens] int64, as for rope_ and write_kv.
+        cos_sin: [max_positions, rotary_dim] float32; None turns nothing.
+        q_norm, k_norm: [head_dim], scales of an RMS norm over each head before the rotation; both or neither.
+        kv_scales: [2, num_blocks, num_kv_heads, BLOCK_SIZE] float32 for a pool of float8_e4m3fn or int8: element times
+            scale is the value. Such a pool is written by a backend in one piece or not at all.
+
+    Returns:
+        Queries [num_tokens, num_heads, head_dim]; they may be a view into `qkv`.
+    """
+    op = "rope_kv"
+    kv_dtypes = (qkv.dtype,) if kv_scales is None else _KV_8_BIT
+    _check(op, "kv_cache", kv_cache, (2, "num_blocks", "num_kv_heads", BLOCK_SIZE, "head_dim"), kv_dtypes)
+    if kv_scales is not None:
+        _check(op, "kv_scales", kv_scales, tuple(kv_cache.shape[:-1]), _FLOAT)
+    kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
+    _check(op, "qkv", qkv, ("num_tokens", (num_heads + 2 * kv_heads) * head_dim), _ACTIVATION)
+    _check(op, "positions", positions, (qkv.shape[0],), _LONG)
+    _check(op, "slot_mapping", slot_mapping, (qkv.shape[0],), _LONG)
+    if cos_sin is not None:
+        _check(op, "cos_sin", cos_sin, ("max_positions", "rotary_dim"), _FLOAT)
+        _check_rotary_dim(op, cos_sin, head_dim)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError(f"{op}: q_norm and k_norm must be given both or neither")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            _check(op, name, norm, (head_dim,), _WEIGHT)
+    args = RopeKvArgs(qkv, num_heads, kv_cache, positions, slot_mapping, cos_sin, q_norm, k_norm, eps, kv_scales)
+    if kv_scales is not None:
+        served: Tensor = _serve(op, args, backends)
+        return served
+    for backend in default_backends() if backends is None else backends:
+        y = backend.rope_kv(args)
+        if not isinstance(y, Refusal):
+            return y
+    # Kernels address by shape alone, so the three parts are copied out of the fused rows.
+    widths = [heads * head_dim for heads in (num_heads, kv_heads, kv_heads)]
+    q, k, v = (part.contiguous().view(qkv.shape[0], -1, head_dim) for part in qkv.split_with_sizes(widths, 1))
+    if q_norm is not None and k_norm is not None:
+        q = rms_norm(q, q_norm, eps, backends=backends)
+        k = rms_norm(k, k_norm, eps, backends=backends)
+    if cos_sin is not None:
+        rope_(q, k, cos_sin, positions, backends=backends)
+    write_kv(k, v, kv_cache[0], kv_cache[1], slot_mapping, backends=backends)
+    return q
+
+
 def attention_batch(
-    query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, max_query_len: int, max_context_len: int
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    host: tuple[Sequence[int], Sequence[int]] | None = None,
+    is_decode: bool = False,
 ) -> AttentionBatch:
     """The record that all layers of one forward pass share; sequences' bounds are checked here, once.
 
     query_starts [num_seqs + 1] int32 rising from 0, context_lens [num_seqs] int32 (this batch's tokens included),
     block_tables [num_seqs, max_blocks] int32 with an entry for each block of the context.
+
+    `host` are the values of query_starts and context_lens, where these tensors lie on a device: reading them back would
+    wait for it. Without, tensors on a device are taken to hold one query token per sequence, and are not checked: a
+    step that was captured as a graph knows its lengths on the device alone.
     """
     op = "attention_batch"
     num_seqs = context_lens.shape[0] if context_lens.dim() == 1 else -1
@@ -267,10 +375,18 @@ def attention_batch(
     _check(op, "block_tables", block_tables, (num_seqs, "max_blocks"), _INT)
     if max_context_len > block_tables.shape[1] * BLOCK_SIZE:
         raise _refuse(op, "block_tables", block_tables, f"wide enough for max_context_len {max_context_len}")
-    bounds: list[int] = query_starts.tolist()
+    if host is None and context_lens.device.type != "cpu":
+        if max_query_len != 1:
+            raise ValueError(f"{op}: max_query_len is {max_query_len}, but without host bounds it must be 1")
+        return AttentionBatch(
+            query_starts, context_lens, block_tables, 1, max_context_len, num_seqs, None, None, is_decode
+        )
+    bounds, contexts = (query_starts.tolist(), context_lens.tolist()) if host is None else host
+    if len(bounds) != num_seqs + 1 or len(contexts) != num_seqs:
+        raise ValueError(f"{op}: host bounds are of {len(bounds)} and {len(contexts)} for {num_seqs} sequences")
     if bounds[0] != 0:
         raise ValueError(f"{op}: query_starts begins with {bounds[0]}, but it must begin with 0")
-    for seq, context_len in enumerate(context_lens.tolist()):
+    for seq, context_len in enumerate(contexts):
         query_len = bounds[seq + 1] - bounds[seq]
         if not 0 <= query_len <= min(context_len, max_query_len) or context_len > max_context_len:
             raise ValueError(
@@ -278,7 +394,17 @@ def attention_batch(
                 f" satisfy 0 <= query <= context, query <= max_query_len {max_query_len}"
                 f" and context <= max_context_len {max_context_len}"
             )
-    return AttentionBatch(query_starts, context_lens, block_tables, max_query_len, max_context_len, bounds[-1])
+    return AttentionBatch(
+        query_starts,
+        context_lens,
+        block_tables,
+        max_query_len,
+        max_context_len,
+        bounds[-1],
+        bounds,
+        contexts,
+        is_decode,
+    )
 
 
 def paged_attention(
@@ -289,6 +415,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     *,
+    kv_scales: Tensor | None = None,
     backends: Backends = None,
 ) -> Tensor:
     """Causal attention of each sequence's new tokens over its whole context, read through the block table.
@@ -298,30 +425,42 @@ def paged_attention(
     context may hold anything, NaN included.
 
     Args:
-        q: [num_tokens, num_heads, head_dim] float32.
-        k_cache, v_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32; num_kv_heads divides num_heads.
+        q: [num_tokens, num_heads, head_dim].
+        k_cache, v_cache: [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; num_kv_heads divides num_heads.
         scale: factor on the scores, usually head_dim ** -0.5.
         window: None, or at least 1.
+        kv_scales: for a pool of 8 bits, as for rope_kv.
 
     Returns:
-        [num_tokens, num_heads, head_dim] float32.
+        [num_tokens, num_heads, head_dim].
     """
-    _check("paged_attention", "q", q, (batch.num_tokens, "num_heads", "head_dim"), _FLOAT)
-    _check_cache("paged_attention", k_cache, v_cache, "num_kv_heads", q.shape[2])
+    _check("paged_attention", "q", q, (batch.num_tokens, "num_heads", "head_dim"), _ACTIVATION)
+    _check_cache("paged_attention", k_cache, v_cache, "num_kv_heads", q.shape[2], q.dtype, kv_scales)
     if q.shape[1] % k_cache.shape[1]:
         raise _refuse("paged_attention", "q", q, f"of num_heads divisible by num_kv_heads {k_cache.shape[1]}")
     if window is not None and window < 1:
         raise ValueError(f"paged_attention: window is {window}, but it must be None or at least 1")
-    y: Tensor = _serve("paged_attention", AttentionArgs(q, k_cache, v_cache, batch, scale, window), backends)
+    y: Tensor = _serve("paged_attention", AttentionArgs(q, k_cache, v_cache, batch, scale, window, kv_scales), backends)
     return y
 
 
-def copy_blocks(kv_storage: Tensor, source: Tensor, target: Tensor, *, backends: Backends = None) -> None:
+def copy_blocks(
+    kv_storage: Tensor,
+    source: Tensor,
+    target: Tensor,
+    *,
+    kv_scales: Tensor | None = None,
+    backends: Backends = None,
+) -> None:
     """Copies whole blocks in every layer. No block may be both a source and a target, nor a target twice.
 
-    kv_storage [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; source, target [num_copies] int64.
+    kv_storage [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; source, target [num_copies] int64, on
+    the host wherever the storage is. kv_scales, the same without head_dim, moves along with a pool of 8 bits.
     """
-    _check("copy_blocks", "kv_storage", kv_storage, ("layers", 2, "blocks", "kv_heads", BLOCK_SIZE, "dim"), _FLOAT)
+    dtypes = _ACTIVATION if kv_scales is None else _KV_8_BIT
+    _check("copy_blocks", "kv_storage", kv_storage, ("layers", 2, "blocks", "kv_heads", BLOCK_SIZE, "dim"), dtypes)
+    if kv_scales is not None:
+        _check("copy_blocks", "kv_scales", kv_scales, tuple(kv_storage.shape[:-1]), _FLOAT)
     _check("copy_blocks", "source", source, ("num_copies",), _LONG)
     _check("copy_blocks", "target", target, tuple(source.shape), _LONG)
-    _serve("copy_blocks", CopyBlocksArgs(kv_storage, source, target), backends)
+    _serve("copy_blocks", CopyBlocksArgs(kv_storage, source, target, kv_scales), backends)

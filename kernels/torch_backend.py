@@ -15,6 +15,7 @@ from millrace.kernels.arguments import (
     NormArgs,
     PackArgs,
     PackedLinear,
+    Refusal,
     RopeArgs,
     WriteKvArgs,
 )
@@ -23,51 +24,53 @@ _WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which 
 
 
 class TorchLinear(PackedLinear):
-    """Keeps the given weight tensor itself; a bfloat16 weight is widened slice by slice at each call."""
+    """Keeps the given weight tensor itself; where its type is not the activations' it is converted at each call, slice
+    by slice."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: torch.dtype = torch.float32) -> None:
         self.weight = weight.contiguous()  # [out, in]
-        self.bias = None if bias is None else bias.float()  # [out]
+        self.bias = None if bias is None else bias.to(activation)  # [out]
+        self.activation = activation
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.weight_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def apply(self, x: Tensor) -> Tensor:
-        if self.dtype == torch.float32:
+        if self.dtype == self.activation:
             return F.linear(x, self.weight, self.bias)
-        y = torch.empty(x.shape[0], self.out_features, device=x.device)
+        y = torch.empty(x.shape[0], self.out_features, dtype=self.activation, device=x.device)
         rows = max(1, _WIDEN_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, rows):
-            y[:, start : start + rows] = x @ self.weight[start : start + rows].float().t()
+            y[:, start : start + rows] = x @ self.weight[start : start + rows].to(self.activation).t()
         if self.bias is not None:
             y += self.bias
         return y
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
-        return self.weight.index_select(0, tokens).float()
+        return self.weight.index_select(0, tokens).to(self.activation)
 
 
 class TorchBackend(Backend):
     name = "torch"
 
     def pack_linear(self, args: PackArgs) -> PackedLinear:
-        return TorchLinear(args.weight, args.bias)
+        return TorchLinear(args.weight, args.bias, args.activation)
 
     def embedding(self, args: EmbeddingArgs) -> Tensor:
-        return args.weight.index_select(0, args.tokens).float()
+        return args.weight.index_select(0, args.tokens).to(args.dtype)
 
     def rms_norm(self, args: NormArgs) -> Tensor:
-        x = _add_residual(args)
-        return F.rms_norm(x, (x.shape[-1],), args.weight.float(), args.eps)
+        x = _add_residual(args).float()
+        return F.rms_norm(x, (x.shape[-1],), args.weight.float(), args.eps).to(args.x.dtype)
 
     def layer_norm(self, args: NormArgs) -> Tensor:
-        x = _add_residual(args)
+        x = _add_residual(args).float()
         bias = None if args.bias is None else args.bias.float()
-        return F.layer_norm(x, (x.shape[-1],), args.weight.float(), bias, args.eps)
+        return F.layer_norm(x, (x.shape[-1],), args.weight.float(), bias, args.eps).to(args.x.dtype)
 
     def silu_mul(self, args: ActivationArgs) -> Tensor:
-        gate, up = args.x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        gate, up = args.x.float().chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).to(args.x.dtype)
 
     def gelu_tanh(self, args: ActivationArgs) -> Tensor:
         return F.gelu(args.x, approximate="tanh")
@@ -77,8 +80,9 @@ class TorchBackend(Backend):
         cos, sin = rows.chunk(2, dim=-1)
         half = cos.shape[-1]
         for x in (args.q, args.k):
-            low = x[..., :half].clone()
-            high = x[..., half : 2 * half]
+            low, high = x[..., :half].float(), x[..., half : 2 * half].float()
+            if x.dtype == torch.float32:
+                low = low.clone()
             x[..., :half] = low * cos - high * sin
             x[..., half : 2 * half] = high * cos + low * sin
 
@@ -87,15 +91,20 @@ class TorchBackend(Backend):
         args.k_cache[block, :, offset] = args.k
         args.v_cache[block, :, offset] = args.v
 
-    def paged_attention(self, args: AttentionArgs) -> Tensor:
+    def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
+        if args.kv_scales is not None:
+            return Refusal(f"it reads no pool of {args.k_cache.dtype}")
         if args.batch.num_tokens == 0:
             return torch.empty_like(args.q)
         if args.batch.max_query_len == 1 and args.batch.num_tokens == args.batch.num_seqs:
             return _decode_attention(args)
         return _ragged_attention(args)
 
-    def copy_blocks(self, args: CopyBlocksArgs) -> None:
+    def copy_blocks(self, args: CopyBlocksArgs) -> Refusal | None:
+        if args.kv_scales is not None:
+            return Refusal(f"it copies no pool of {args.kv_storage.dtype}")
         args.kv_storage[:, :, args.target] = args.kv_storage[:, :, args.source]
+        return None
 
 
 def _add_residual(args: NormArgs) -> Tensor:
@@ -126,12 +135,12 @@ def _decode_attention(args: AttentionArgs) -> Tensor:
     plan = args.batch.plan(("torch decode", args.window), lambda: _DecodePlan(args.batch, args.window))
     shape = (num_seqs, num_kv_heads, plan.unseen.shape[1], head_dim)
     # Slots that nobody wrote may hold NaN, and 0 * NaN is NaN: values are zeroed, scores are replaced.
-    k = args.k_cache[plan.blocks].transpose(1, 2).reshape(shape)
-    v = args.v_cache[plan.blocks].transpose(1, 2).reshape(shape)
+    k = args.k_cache[plan.blocks].transpose(1, 2).reshape(shape).float()
+    v = args.v_cache[plan.blocks].transpose(1, 2).reshape(shape).float()
     v = v.masked_fill_(plan.unseen[:, None, :, None], 0.0)
-    q = (args.q * args.scale).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q = (args.q.float() * args.scale).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = (q @ k.transpose(2, 3)).masked_fill_(plan.unseen[:, None, None, :], -torch.inf)
-    return (scores.softmax(-1) @ v).view(num_seqs, num_heads, head_dim)
+    return (scores.softmax(-1) @ v).view(num_seqs, num_heads, head_dim).to(args.q.dtype)
 
 
 def _ragged_attention(args: AttentionArgs) -> Tensor:
@@ -140,8 +149,9 @@ def _ragged_attention(args: AttentionArgs) -> Tensor:
     num_kv_heads = args.k_cache.shape[1]
     group = num_heads // num_kv_heads
     out = torch.empty_like(args.q)
-    bounds = args.batch.query_starts.tolist()
-    for seq, context_len in enumerate(args.batch.context_lens.tolist()):
+    batch = args.batch
+    bounds = batch.query_starts.tolist() if batch.bounds is None else batch.bounds
+    for seq, context_len in enumerate(batch.context_lens.tolist() if batch.contexts is None else batch.contexts):
         begin, end = bounds[seq], bounds[seq + 1]
         query_len = end - begin
         if query_len == 0:
@@ -149,7 +159,7 @@ def _ragged_attention(args: AttentionArgs) -> Tensor:
         first_query = context_len - query_len
         first_key = 0 if args.window is None else max(0, first_query - args.window + 1)
         first_block = first_key // BLOCK_SIZE
-        blocks = args.batch.block_tables[seq, first_block : (context_len + BLOCK_SIZE - 1) // BLOCK_SIZE].long()
+        blocks = batch.block_tables[seq, first_block : (context_len + BLOCK_SIZE - 1) // BLOCK_SIZE].long()
         base = first_block * BLOCK_SIZE
         keys = slice(first_key - base, context_len - base)
         k = args.k_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]

@@ -10,9 +10,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from millrace.runtime.config import Config, load_config, replace
-from millrace.runtime.device import CpuDevice
+from millrace.runtime.device import CpuDevice, Device
 from millrace.runtime.engine import Engine, Health
 from millrace.runtime.errors import ConfigError, RuntimeClosedError
+from millrace.runtime.gpu import Gpu, open_gpu, start_gpu
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.loading import Loaded, load
 from millrace.runtime.log import Logger, make_logger
@@ -62,6 +63,7 @@ class Runtime:
         self._progress = progress
         self._world: AsyncioWorld | None = None
         self._engine: Engine | None = None
+        self._gpu: Gpu | None = None
         self._loaded: Loaded | None = None
         self._plan: MemoryPlan | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -73,21 +75,42 @@ class Runtime:
         world = self._world = AsyncioWorld()
         self.created = int(world.wall())
         try:
-            loaded = await world.to_thread(lambda: load(self.config, self._progress))
-            if self._closing is not None:
-                raise RuntimeClosedError("the runtime was closed while it started")
-            self._engine = self._make_engine(world, loaded)
+            loaded = await world.to_thread(self._load)
+            self._check_open()
+            self._engine = await self._make_engine(world, loaded)
         except BaseException:
             self._loaded = None
             await self.close()
             raise
         self._engine.start()
 
-    def _make_engine(self, world: AsyncioWorld, loaded: Loaded) -> Engine:
+    def _load(self) -> Loaded:
+        self._gpu = open_gpu(self.config)
+        return load(self.config, self._progress, self._gpu)
+
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise RuntimeClosedError("the runtime was closed while it started")
+
+    async def _make_engine(self, world: AsyncioWorld, loaded: Loaded) -> Engine:
         self._loaded = loaded
-        self._plan = plan_memory(self.config, loaded.model, _max_model_len(self.config, loaded.model))
-        device = CpuDevice(world, self.config.device.threads or available_cores())
+        max_model_len = _max_model_len(self.config, loaded.model)
+        device: Device
+        lanes = None
+        if self._gpu is not None:
+            try:
+                started = await start_gpu(world, self._gpu, self.config, loaded.model, self._progress)
+            except RuntimeError:
+                self._check_open()  # closed meanwhile, which is why helper threads are gone
+                raise
+            device, lanes, self._plan = started.device, started.lanes, started.plan
+            for note in started.notes:
+                self.log.warning("gpu", note=note)
+        else:
+            self._plan = plan_memory(self.config, loaded.model, max_model_len)
+            device = CpuDevice(world, self.config.device.threads or available_cores())
         try:
+            self._check_open()
             return Engine(
                 config=self.config,
                 world=world,
@@ -99,6 +122,7 @@ class Runtime:
                 model_name=self.model_name,
                 registry=self.registry,
                 log=self.log,
+                lanes=lanes,
             )
         except BaseException:
             device.close()
@@ -116,7 +140,10 @@ class Runtime:
         if engine is not None:
             await engine.stop()
         self._loaded = None
+        gpu, self._gpu = self._gpu, None
         if self._world is not None:
+            if gpu is not None and engine is not None:
+                await self._world.to_thread(gpu.driver.release_cached)  # torch would keep it for this process
             await self._world.close()
 
     async def __aenter__(self) -> "Runtime":

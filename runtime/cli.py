@@ -1,4 +1,5 @@
-"""The `millrace` command: serve, chat, generate, inspect. Every option of config.toml is a flag of each."""
+"""The `millrace` command: serve, chat, generate, inspect; every option of config.toml is a flag of each. And what can
+be done beforehand: prepare (CPU kernels), kernels build (CUDA kernels)."""
 
 import argparse
 import asyncio
@@ -7,12 +8,16 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvloop
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from millrace.kernels import ops
+from millrace.kernels.cpu_build import BuildError
+from millrace.kernels.cuda_catalog import all_kernels
+from millrace.kernels.cuda_compile import ARCHS, Built, CudaCompiler, build_all
 from millrace.runtime.app import Runtime
 from millrace.runtime.config import Config, load_config, options
 from millrace.runtime.errors import MillraceError
@@ -37,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args = _parser().parse_args(arguments)
     if args.command is None:
-        _err.print(ops.prepare(), soft_wrap=True)
-        return 0
+        beforehand: Callable[[argparse.Namespace], int] = args.beforehand
+        return beforehand(args)
     try:
         overrides = {key: value for key, value in vars(args).items() if "." in key and value is not None}
         if args.model is not None:
@@ -84,8 +89,29 @@ def _parser() -> argparse.ArgumentParser:
         if run is _generate:
             command.add_argument("--prompt", help="text to continue; standard input if left out")
     text = "build the CPU kernels now instead of at the first start"
-    commands.add_parser("prepare", help=text, description=text).set_defaults(command=None)
+    commands.add_parser("prepare", help=text, description=text).set_defaults(command=None, beforehand=_prepare)
+    _add_kernels(commands)
     return parser
+
+
+def _add_kernels(commands: Any) -> None:
+    text = "compile the CUDA kernels into the cache; needs NVRTC, and no GPU"
+    kernels = commands.add_parser("kernels", help="compile the CUDA kernels beforehand")
+    build = kernels.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "build", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    build.set_defaults(command=None, beforehand=_build_kernels)
+    build.add_argument(
+        "--arch",
+        nargs="+",
+        choices=ARCHS,
+        metavar="ARCH",
+        help=f"{', '.join(ARCHS)}; that of this machine's GPU if left out",
+    )
+    build.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder of the cache; $XDG_CACHE_HOME decides if left out"
+    )
+    build.add_argument("--jobs", type=int, metavar="N", help="compile N at a time; one per processor if left out")
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -125,6 +151,56 @@ class _Bar:
         self._progress.update(self._tasks[what], completed=done)
         if done >= total:
             self._progress.stop()
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    _err.print(ops.prepare(), soft_wrap=True)
+    return 0
+
+
+def _build_kernels(args: argparse.Namespace) -> int:
+    """Fills the cache of compiled CUDA kernels, and prints where it is."""
+    compiler = CudaCompiler() if args.cache is None else CudaCompiler(cache_dir=args.cache)
+    fault = ""
+    archs = args.arch or _own_arch()
+    if not archs:
+        fault = f"there is no GPU here whose architecture could be taken; name one with --arch ({', '.join(ARCHS)})"
+    elif compiler.nvrtc is None:
+        fault = "NVRTC, which compiles the kernels, was not found: pip install 'nvidia-cuda-nvrtc==13.0.*'"
+    elif args.jobs is not None and args.jobs < 1:
+        fault = f"--jobs is {args.jobs}, but it must be at least 1"
+    if fault:
+        _err.print(f"[bold red]error:[/] {escape(fault)}", soft_wrap=True)
+        return 2
+    archs = list(dict.fromkeys(archs))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    compiled = 0
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=_err, transient=True) as progress:
+            task = progress.add_task("CUDA kernels", total=None)
+
+            def show(built: Built) -> None:
+                nonlocal compiled
+                compiled += not built.cached
+                progress.update(task, description=f"CUDA kernels {built.arch}", completed=built.done, total=built.total)
+
+            total = build_all(all_kernels(), archs, show, compiler=compiler, workers=args.jobs)
+    except BuildError as error:
+        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    _err.print(f"{total} CUDA modules for {', '.join(archs)} ({compiled} compiled now) in", soft_wrap=True)
+    print(compiler.cache_dir)
+    return 0
+
+
+def _own_arch() -> list[str]:
+    """The architecture of this machine's first GPU, if there is one."""
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    return [f"sm_{major}{minor}"]
 
 
 async def _serve(args: argparse.Namespace, config: Config) -> int:

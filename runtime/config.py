@@ -21,7 +21,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: Annotated[str, Meta(description="checkpoint folder or hub id; empty is the embedded model, grist")] = ""
     served_name: Annotated[str, Meta(description="name that clients use; empty takes the folder's")] = ""
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], Meta(description="how weights are stored: auto, float32 or bfloat16")
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Meta(description="how weights are stored: auto, float32 (CPU), bfloat16 or float16 (GPU)"),
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     random_weights: Annotated[
@@ -30,6 +31,19 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    kind: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="auto, cpu or cuda; auto is a CUDA GPU where there is one")
+    ] = "auto"
+    index: Annotated[int, Meta(ge=0, le=255, description="which GPU, counted from 0")] = 0
+    memory_fraction: Annotated[
+        float, Meta(gt=0, le=1, description="share of the GPU's memory that may be used in all")
+    ] = 0.9
+    cuda_graphs: Annotated[bool, Meta(description="capture decode steps as CUDA graphs; else launch them op by op")] = (
+        True
+    )
+    batch_invariant: Annotated[
+        bool, Meta(description="on a GPU: attention splits do not depend on the batch; slower for few long sequences")
+    ] = False
     threads: Annotated[int, Meta(ge=0, le=1024, description="CPU threads for arithmetic; 0 is all cores")] = 0
     compile_kernels: Annotated[
         bool, Meta(description="build the C++ kernels, once, where a compiler is found; else torch serves")
@@ -38,8 +52,16 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class KVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_mb: Annotated[
-        int, Meta(ge=0, description="memory for the KV cache in MiB; 0 takes what is useful, up to a quarter of RAM")
+        int,
+        Meta(
+            ge=0,
+            description="memory for the KV cache in MiB; 0 is up to a quarter of RAM, or what a GPU has left",
+        ),
     ] = 0
+    dtype: Annotated[
+        Literal["auto", "fp8", "int8"],
+        Meta(description="of keys and values: auto, fp8 or int8; auto is the model's, 8 bits are for GPUs"),
+    ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="reuse the blocks of prompts with the same beginning")] = True
 
 

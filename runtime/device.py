@@ -19,6 +19,14 @@ from millrace.runtime.world import World
 Work = Callable[[], None]
 
 
+class DeviceLostError(Exception):
+    """The device has failed for good (an illegal address, a lost GPU); the process must start anew to use it."""
+
+
+class StepMemoryError(Exception):
+    """A sequence does not fit into the device's memory even when it is computed alone; the message has the numbers."""
+
+
 class Stream(msgspec.Struct, frozen=True):
     """Work on one stream runs in the order of its launches."""
 
@@ -27,18 +35,26 @@ class Stream(msgspec.Struct, frozen=True):
 
 
 class StepOutput:
-    """What the work of one step leaves behind, in stream order; read on the loop after `notify`.
+    """What the work of one step leaves behind, in stream order; read on the loop after `notify` and `finish`.
 
     Work of a step that has failed is skipped, so that the first error is the one that is reported.
+
+    Attributes:
+        failed: sequences that could not be computed though the rest of the step was: (seq, error).
+        at_end: work that `finish` does: making messages out of what the device has copied to the host.
+        releases: what gives back the host memory of a step that the device has done with.
     """
 
-    __slots__ = ("error", "logits", "prompt_logprobs", "sampled")
+    __slots__ = ("at_end", "error", "failed", "logits", "prompt_logprobs", "releases", "sampled")
 
     def __init__(self) -> None:
         self.logits: Any = None
         self.sampled: Any = None
         self.prompt_logprobs: tuple[Any, ...] = ()
+        self.failed: dict[int, Exception] = {}
         self.error: Exception | None = None
+        self.at_end: list[Work] = []
+        self.releases: list[Work] = []
 
     def run(self, work: Work) -> None:
         if self.error is None:
@@ -46,6 +62,15 @@ class StepOutput:
                 work()
             except Exception as error:  # it belongs to this step, and is reported with it
                 self.error = error
+
+    def finish(self) -> None:
+        """On the loop, when the device has done the step."""
+        for work in self.at_end:
+            self.run(work)
+        for release in self.releases:
+            release()
+        self.at_end.clear()
+        self.releases.clear()
 
 
 class Device(Protocol):
@@ -58,6 +83,9 @@ class Device(Protocol):
 
     def notify(self, stream: Stream, callback: Work) -> None:
         """Calls back on the event loop once everything launched on the stream so far has finished."""
+
+    def check(self) -> None:
+        """Raises DeviceLostError once the device itself has failed, so that nothing launched later can succeed."""
 
     def close(self) -> None:
         """Waits for launched work and gives the threads back; idempotent."""
@@ -83,6 +111,9 @@ class CpuDevice:
 
     def notify(self, stream: Stream, callback: Work) -> None:
         self._queue.put(lambda: self._world.call_soon_threadsafe(callback))
+
+    def check(self) -> None:
+        """A processor does not get lost."""
 
     def close(self) -> None:
         if self._open:
@@ -116,6 +147,9 @@ class NullDevice:
 
     def notify(self, stream: Stream, callback: Work) -> None:
         self._world.call_soon_threadsafe(callback)
+
+    def check(self) -> None:
+        """Nothing can fail."""
 
     def close(self) -> None:
         self.launches.clear()

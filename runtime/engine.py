@@ -19,7 +19,7 @@ from millrace.runtime.errors import InvalidRequestError, MillraceError, QueueFul
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
-from millrace.runtime.kv.tables import BlockTables
+from millrace.runtime.lanes import Lanes, host_lanes
 from millrace.runtime.log import Logger
 from millrace.runtime.mailbox import Mailbox
 from millrace.runtime.messages import (
@@ -35,8 +35,6 @@ from millrace.runtime.messages import (
 from millrace.runtime.metrics import Metrics
 from millrace.runtime.models.base import Model
 from millrace.runtime.plan import MemoryPlan
-from millrace.runtime.sampling.batch import SamplerState
-from millrace.runtime.sampling.rows import TokenRows
 from millrace.runtime.supervisor import Supervisor
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
@@ -82,7 +80,9 @@ class Engine:
         model_name: str,
         registry: CollectorRegistry,
         log: Logger,
+        lanes: Lanes | None = None,
     ) -> None:
+        """`lanes` are the device's own; None makes those of the CPU."""
         self.state = "starting"
         self.failure: str = ""
         self._config = config
@@ -101,9 +101,7 @@ class Engine:
         eos = model.spec.eos_token_ids
         key = world.rng("prefix-key").getrandbits(256).to_bytes(32, "little")
         hasher = PrefixHasher(key, BLOCK_SIZE) if config.kv.prefix_cache else None
-        tokens = TokenRows(rows)
-        max_blocks = -(-plan.max_model_len // BLOCK_SIZE)
-        kv = model.allocate_kv(plan.num_blocks)
+        lanes = lanes or host_lanes(model, plan.num_blocks, rows, plan.max_model_len)
         metrics = self._metrics = Metrics(registry)
 
         # What a client sends may wait at `capacity`; what comes back along the cycles uses the reserve, and is bounded
@@ -156,26 +154,20 @@ class Engine:
         )
         prefill = Prefill(
             device=device,
-            model=model,
-            kv=kv,
-            tables=BlockTables(rows, max_blocks),
+            lane=lanes.prefill,
             inbox=prefill_inbox,
             sampler=to_sampler,
         )
         decode = Decode(
             device=device,
-            model=model,
-            kv=kv,
-            tables=BlockTables(rows, max_blocks),
-            tokens=tokens,
+            lane=lanes.decode,
             inbox=decode_inbox,
             sampler=to_sampler.clone(),
         )
         sampler = Sampler(
             device=device,
             world=world,
-            state=SamplerState(rows, model.spec.vocab_size, eos),
-            tokens=tokens,
+            lane=lanes.sampling,
             eos_token_ids=eos,
             inbox=sampler_inbox,
             own=to_sampler.clone(),

@@ -7,10 +7,12 @@ import msgspec
 
 from millrace.kernels import ops
 from millrace.runtime.config import Config
+from millrace.runtime.errors import ConfigError
+from millrace.runtime.gpu import Gpu, placement
 from millrace.runtime.models.base import Model
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
-from millrace.runtime.weights.loader import load_model, random_model
+from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
 
@@ -25,9 +27,11 @@ class Loaded(msgspec.Struct, frozen=True):
     template: ChatTemplate
 
 
-def load(config: Config, progress: Progress | None = None) -> Loaded:
-    """Loads what `config.model` names. Blocks; raises CheckpointError or ConfigError."""
-    if config.device.compile_kernels:
+def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
+    """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError."""
+    if config.kv.dtype != "auto" and gpu is None:
+        raise ConfigError(f"kv.dtype is {config.kv.dtype}, but on the CPU it must be auto", param="kv.dtype")
+    if config.device.compile_kernels and gpu is None:
         # Before weights are packed: it decides how. Some seconds, the first time on a machine.
         if progress is not None:
             progress("CPU kernels", 0, 1)
@@ -40,11 +44,14 @@ def load(config: Config, progress: Progress | None = None) -> Loaded:
     length = config.model.max_model_len or None
     report = None if progress is None else (lambda done, total: progress("weights", done, total))
     model: Model
+    dtype, place = config.model.dtype, None
+    if gpu is not None:
+        path = None if config.model.random_weights else found.path
+        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype))
     if config.model.random_weights:
         # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
-        model = random_model(
-            preset(config.model.random_weights), dtype=config.model.dtype, max_model_len=length, progress=report
-        )
+        shape = preset(config.model.random_weights)
+        model = random_model(shape, dtype=dtype, placement=place, max_model_len=length, progress=report)
     else:
-        model = load_model(found.path, dtype=config.model.dtype, max_model_len=length, progress=report)
+        model = load_model(found.path, dtype=dtype, placement=place, max_model_len=length, progress=report)
     return Loaded(name, found.path, model, tokenizer, ChatTemplate.load(found.path, tokenizer.special_tokens))

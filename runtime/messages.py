@@ -230,6 +230,7 @@ class TokensSampled(msgspec.Struct, frozen=True, tag="sampled"):
     logprobs: LogprobColumns | None = None  # index: place among `seqs`
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     error: ErrorInfo | None = None  # the whole step failed
+    failed: tuple[tuple[SequenceId, ErrorInfo], ...] = ()  # sequences of the step that failed alone
     launched_at: float = 0.0  # world.now()
     ready_at: float = 0.0
 

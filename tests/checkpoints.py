@@ -117,6 +117,23 @@ def reference_greedy(reference: transformers.PreTrainedModel, prompt: Sequence[i
     return chosen
 
 
+def agree_until_a_tie(
+    reference: transformers.PreTrainedModel,
+    prompt: Sequence[int],
+    got: Sequence[int],
+    want: Sequence[int],
+    tolerance: float,
+) -> None:
+    """Greedy tokens computed in 16 bits equal others, until two of them are as good as equal: then each goes its own
+    way, and float32 must find the one chosen within `tolerance` of the best."""
+    assert len(got) == len(want)
+    for at, (one, two) in enumerate(zip(got, want, strict=True)):
+        if one != two:
+            logits = reference_logits(reference, [*prompt, *want[:at]])[-1]
+            assert logits.max() - logits[one] < tolerance, (at, one, two)
+            return
+
+
 def random_tokens(count: int, seed: int, vocab_size: int = 199) -> list[int]:
     return random.Random(seed).choices(range(vocab_size), k=count)
 
@@ -132,14 +149,20 @@ class PagedSequences:
         self._width = -(-max_len // BLOCK_SIZE)
         num_blocks = 1 + num_seqs * self._width
         self.kv = model.allocate_kv(num_blocks)
-        self.kv.storage.fill_(float("nan"))
+        if self.kv.scales is None:
+            self.kv.storage.fill_(float("nan"))
+        else:
+            self.kv.storage.view(torch.uint8).fill_(0x7F)  # NaN in float8_e4m3fn
+            self.kv.scales.fill_(float("nan"))
         blocks = list(range(1, num_blocks))
         random.Random(seed).shuffle(blocks)
         self.tables = [blocks[seq * self._width : (seq + 1) * self._width] for seq in range(num_seqs)]
         self.lengths = [0] * num_seqs
 
-    def step(self, chunks: dict[int, Sequence[int]], *, last_only: bool = False) -> dict[int, Tensor]:
-        """Appends a chunk of tokens to each named sequence, in one batch.
+    def step(
+        self, chunks: dict[int, Sequence[int]], *, last_only: bool = False, is_decode: bool = False
+    ) -> dict[int, Tensor]:
+        """Appends a chunk of tokens to each named sequence, in one batch; `is_decode` says that they are one each.
 
         Returns each sequence's logits [num_logits, vocab_size], for all tokens of its chunk or for the last one.
         """
@@ -170,6 +193,7 @@ class PagedSequences:
             logits_indices=torch.tensor([index for rows in logits_indices for index in rows]),
             max_query_len=max(len(chunk) for chunk in chunks.values()),
             max_context_len=max(contexts),
+            is_decode=is_decode,
         )
         logits = self.model.forward(batch, self.kv).split([len(rows) for rows in logits_indices])
         return dict(zip(chunks, logits, strict=True))

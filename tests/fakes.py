@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from millrace.runtime.config import Config, load_config
 from millrace.runtime.device import CpuDevice, Device, NullDevice
 from millrace.runtime.engine import Engine
+from millrace.runtime.lanes import Lanes
 from millrace.runtime.log import make_logger
 from millrace.runtime.models.base import ForwardBatch, ModelSpec
 from millrace.runtime.plan import MemoryPlan
@@ -125,9 +126,12 @@ async def engine(
     num_blocks: int = 65,
     device: Device | None = None,
     null_device: bool = True,
+    gpu: Callable[[AsyncioWorld, Any, MemoryPlan, Config], Awaitable[tuple[Device, Lanes]]] | None = None,
     **options: Any,
 ) -> AsyncIterator[Engine]:
-    """A running engine around a model (the ledger model by default); checks all invariants when it is left."""
+    """A running engine around a model (the ledger model by default); checks all invariants when it is left.
+
+    `gpu` makes the device and its lanes, from (world, model, plan, config)."""
     world = AsyncioWorld()
     model = model or LedgerModel()
     config: Config = load_config(None, {key.replace("__", ".", 1): value for key, value in options.items()})
@@ -141,6 +145,9 @@ async def engine(
         max_model_len=max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
     )
+    lanes = None
+    if gpu is not None:
+        device, lanes = await gpu(world, model, plan, config)
     device = device or (NullDevice(world) if null_device else CpuDevice(world, 1))
     made = Engine(
         config=config,
@@ -153,6 +160,7 @@ async def engine(
         model_name="ledger",
         registry=CollectorRegistry(),
         log=make_logger(config.log),
+        lanes=lanes,
     )
     made.start()
     scheduler = made.scheduler

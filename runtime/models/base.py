@@ -4,6 +4,7 @@ A model is arithmetic only. It does not know requests, rows, or who owns a block
 batch names, and writes keys and values into the slots that the batch names.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -50,6 +51,10 @@ class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
     logits_indices: Tensor  # [num_logits] int64, tokens of the flat batch whose logits are wanted
     max_query_len: int
     max_context_len: int
+    # Values of query_starts and context_lens where those lie on a device: reading them back would wait for it. None
+    # where they lie on the host, and in a step captured as a graph, whose lengths the device alone knows.
+    host: tuple[Sequence[int], Sequence[int]] | None = None
+    is_decode: bool = False  # one token per sequence, and the logits of all of them are wanted, in order
 
 
 class Model(Protocol):
@@ -68,7 +73,8 @@ class Model(Protocol):
         """Storage for `num_blocks` blocks; block 0 is the null block. The pages may be committed on first write."""
 
     def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
-        """Writes keys and values of all tokens, and returns logits [num_logits, vocab_size] in float32."""
+        """Writes keys and values of all tokens, and returns logits [num_logits, vocab_size] in the type that the model
+        computes in: float32 on the CPU."""
 
     def copy_blocks(self, kv: Any, source: Tensor, target: Tensor) -> None:
         """Copies whole blocks in every layer (copy-on-write); source and target are [num_copies] int64."""

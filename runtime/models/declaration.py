@@ -14,14 +14,35 @@ from torch import Tensor
 from millrace.kernels import ops
 
 
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model lives and computes: the CPU in float32, or a GPU in bfloat16 or float16.
+
+    Attributes:
+        activation: type of everything that flows through the model.
+        scales: type that the scales and biases of norms are kept in.
+        kv: type of keys and values in the cache: None is the activations'; float8_e4m3fn and int8 have a scale for each
+            slot and head.
+        backends: who computes the ops; None is the CPU's default list.
+    """
+
+    device: torch.device = torch.device("cpu")
+    activation: torch.dtype = torch.float32
+    scales: torch.dtype = torch.float32
+    kv: torch.dtype | None = None
+    backends: ops.Backends = None
+
+
 class WeightSource(Protocol):
     """Where a model takes its tensors from: a checkpoint's files, or a random generator."""
+
+    @property
+    def placement(self) -> Placement: ...
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The type that a matrix stored as `stored` is kept in: float32 or bfloat16."""
+        """The type that a matrix stored as `stored` is kept in."""
 
     def release(self) -> None:
         """All tensors that were read so far have been copied; what they occupy may go."""
@@ -66,10 +87,11 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
 
     def load(self, source: WeightSource) -> ops.PackedLinear:
         # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
+        place = source.placement
         dtype = source.storage_dtype(source.read(f"{self.parts[0].name}.weight").dtype)
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=place.device)
         has_bias = any(part.bias for part in self.parts)
-        bias = torch.zeros(self.out_features) if has_bias else None
+        bias = torch.zeros(self.out_features, dtype=place.activation, device=place.device) if has_bias else None
         start = 0
         for part in self.parts:
             stop = start + part.out_features
@@ -78,7 +100,7 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
             if bias is not None and part.bias:
                 bias[start:stop].copy_(source.read(f"{part.name}.bias"))
             start = stop
-        return ops.pack_linear(weight, bias)
+        return ops.pack_linear(weight, bias, activation=place.activation, backends=place.backends)
 
 
 class EmbeddingDecl(msgspec.Struct, frozen=True):
@@ -93,7 +115,10 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
 
     def load(self, source: WeightSource) -> Tensor:
         stored = source.read(self.name)
-        return torch.empty(self.rows, self.width, dtype=source.storage_dtype(stored.dtype)).copy_(stored)
+        table = torch.empty(
+            self.rows, self.width, dtype=source.storage_dtype(stored.dtype), device=source.placement.device
+        )
+        return table.copy_(stored)
 
 
 class RMSNormDecl(msgspec.Struct, frozen=True):
@@ -105,7 +130,7 @@ class RMSNormDecl(msgspec.Struct, frozen=True):
         yield TensorDecl(f"{self.name}.weight", (self.width,), ones=True)
 
     def load(self, source: WeightSource) -> "RMSNorm":
-        return RMSNorm(_widened(source.read(f"{self.name}.weight")), self.eps)
+        return RMSNorm(_kept(source, f"{self.name}.weight"), self.eps, source.placement.backends)
 
 
 class LayerNormDecl(msgspec.Struct, frozen=True):
@@ -118,41 +143,44 @@ class LayerNormDecl(msgspec.Struct, frozen=True):
         yield TensorDecl(f"{self.name}.bias", (self.width,))
 
     def load(self, source: WeightSource) -> "LayerNorm":
-        weight, bias = (_widened(source.read(f"{self.name}.{part}")) for part in ("weight", "bias"))
-        return LayerNorm(weight, bias, self.eps)
+        weight, bias = (_kept(source, f"{self.name}.{part}") for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self.eps, source.placement.backends)
 
 
 class RMSNorm:
     """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019)."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight  # [width] float32
+    def __init__(self, weight: Tensor, eps: float, backends: ops.Backends = None) -> None:
+        self.weight = weight  # [width]
         self.eps = eps
+        self._backends = backends
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, backends=self._backends)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm(x + residual), x + residual); the sum may overwrite `residual`."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, backends=self._backends)
 
 
 class LayerNorm:
     """Layer norm over the last dimension (Ba et al. 2016)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.weight = weight  # [width] float32
-        self.bias = bias  # [width] float32
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float, backends: ops.Backends = None) -> None:
+        self.weight = weight  # [width]
+        self.bias = bias  # [width]
         self.eps = eps
+        self._backends = backends
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, backends=self._backends)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm(x + residual), x + residual); the sum may overwrite `residual`."""
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, backends=self._backends)
 
 
-def _widened(stored: Tensor) -> Tensor:
-    """A float32 copy that does not lie in the file."""
-    return torch.empty(stored.shape).copy_(stored)
+def _kept(source: WeightSource, name: str) -> Tensor:
+    """A copy of a norm's tensor that does not lie in the file."""
+    stored = source.read(name)
+    return torch.empty(stored.shape, dtype=source.placement.scales, device=source.placement.device).copy_(stored)

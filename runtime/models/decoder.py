@@ -16,6 +16,7 @@ from millrace.runtime.models.declaration import (
     LayerNorm,
     LayerNormDecl,
     LinearDecl,
+    Placement,
     RMSNorm,
     RMSNormDecl,
     TensorDecl,
@@ -33,8 +34,13 @@ class PagedKV(msgspec.Struct, frozen=True):
     Slots that were never written hold whatever the memory held, NaN included: kernels read written slots only.
     """
 
-    storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32
+    storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     layers: tuple[tuple[Tensor, Tensor], ...]  # the same as (keys, values) of each layer, so that a step makes no views
+    pools: tuple[Tensor, ...]  # the same as one tensor for each layer
+    scales: Tensor | None = None  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE] float32, of a pool of 8 bits
+
+    def scales_of(self, layer: int) -> Tensor | None:
+        return None if self.scales is None else self.scales[layer]
 
 
 class DecoderLayer(Protocol):
@@ -58,15 +64,18 @@ class DecoderLayer(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
-    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[num_tokens, hidden] -> queries [num_tokens, num_heads, head_dim], keys and values [.., num_kv_heads, ..]."""
+    def write_kv(
+        self, x: Tensor, positions: Tensor, kv_cache: Tensor, kv_scales: Tensor | None, slots: Tensor
+    ) -> Tensor:
+        """Puts keys and values of [num_tokens, hidden] into their slots of this layer's pool, and returns the queries
+        [num_tokens, num_heads, head_dim]."""
 
     def mlp(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden] -> the same."""
 
 
 class DecoderModel:
-    """A decoder-only transformer on the CPU: implements millrace.runtime.models.base.Model."""
+    """A decoder-only transformer: implements millrace.runtime.models.base.Model."""
 
     def __init__(
         self,
@@ -77,10 +86,16 @@ class DecoderModel:
         final_norm: RMSNorm | LayerNorm,
         lm_head: ops.PackedLinear,
         weight_bytes: int,
+        placement: Placement | None = None,
     ) -> None:
+        place = placement or Placement()
         self.spec = spec
-        self.device = torch.device("cpu")
+        self.device = place.device
+        self.dtype = place.activation
+        self.kv_dtype = place.kv or place.activation
+        self._has_kv_scales = self.kv_dtype != self.dtype
         self.weight_bytes = weight_bytes
+        self._backends = place.backends
         self._embed = embed
         self._layers = tuple(layers)
         self._final_norm = final_norm
@@ -88,23 +103,33 @@ class DecoderModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.spec.num_layers * 2 * self.spec.num_kv_heads * self.spec.head_dim * torch.float32.itemsize
+        scale = torch.float32.itemsize if self._has_kv_scales else 0
+        head = self.spec.head_dim * self.kv_dtype.itemsize + scale
+        return self.spec.num_layers * 2 * self.spec.num_kv_heads * head
 
     def allocate_kv(self, num_blocks: int) -> PagedKV:
         """Storage for `num_blocks` blocks of BLOCK_SIZE tokens; pages are committed when they are first written."""
         spec = self.spec
-        storage = torch.empty(spec.num_layers, 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-        return PagedKV(storage, tuple((layer[0], layer[1]) for layer in storage))
+        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+        storage = torch.empty(shape, dtype=self.kv_dtype, device=self.device)
+        scales = torch.empty(shape[:-1], device=self.device) if self._has_kv_scales else None
+        return PagedKV(storage, tuple((layer[0], layer[1]) for layer in storage), tuple(storage), scales)
 
     def copy_blocks(self, kv: PagedKV, source: Tensor, target: Tensor) -> None:
         """Copies whole blocks in every layer; source and target are [num_copies] int64."""
-        ops.copy_blocks(kv.storage, source, target)
+        ops.copy_blocks(kv.storage, source, target, kv_scales=kv.scales, backends=self._backends)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: PagedKV) -> Tensor:
-        """Writes keys and values of all tokens; returns logits [num_logits, vocab_size] in float32."""
+        """Writes keys and values of all tokens; returns logits [num_logits, vocab_size]."""
         attention = ops.attention_batch(
-            batch.query_starts, batch.context_lens, batch.block_tables, batch.max_query_len, batch.max_context_len
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            batch.max_query_len,
+            batch.max_context_len,
+            batch.host,
+            batch.is_decode,
         )
         positions, slots = batch.positions, batch.slot_mapping
         last = self._layers[-1]
@@ -112,12 +137,21 @@ class DecoderModel:
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.layers[index]
-            q, k, v = layer.qkv(x, positions)
-            ops.write_kv(k, v, k_cache, v_cache, slots)
+            kv_scales = kv.scales_of(index)
+            q = layer.write_kv(x, positions, kv.pools[index], kv_scales, slots)
             if layer is last and not batch.logits_indices.numel():
-                return torch.empty(0, self.spec.vocab_size)
-            attended = ops.paged_attention(q, k_cache, v_cache, attention, layer.scale, layer.window).flatten(1)
-            if layer is last:
+                return torch.empty(0, self.spec.vocab_size, dtype=self.dtype, device=self.device)
+            attended = ops.paged_attention(
+                q,
+                k_cache,
+                v_cache,
+                attention,
+                layer.scale,
+                layer.window,
+                kv_scales=kv_scales,
+                backends=self._backends,
+            ).flatten(1)
+            if layer is last and not batch.is_decode:
                 # Past the last keys and values only the rows that want logits matter.
                 attended = attended.index_select(0, batch.logits_indices)
                 residual = residual.index_select(0, batch.logits_indices)
@@ -160,7 +194,7 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
         yield from ()
 
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
-        """A float32 table with one row for each position below max_model_len."""
+        """A table with one row for each position below max_model_len."""
         raise NotImplementedError
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
@@ -180,12 +214,15 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
     def build(self, source: WeightSource, max_model_len: int, progress: Progress) -> DecoderModel:
         """Reads all weights, one module after the other, and makes the model for positions below max_model_len."""
         total = len(self.layers) + 2
+        place = source.placement
         table = self.embedding.load(source)
+        look_up: Callable[[Tensor], Tensor]
         if self.lm_head is None:
-            lm_head = ops.pack_linear(table)
+            lm_head = ops.pack_linear(table, activation=place.activation, backends=place.backends)
             look_up, table_bytes = lm_head.row_lookup, 0
         else:
-            look_up, table_bytes = functools.partial(ops.embedding, weight=table), table.nbytes
+            look_up = functools.partial(ops.embedding, weight=table, dtype=place.activation, backends=place.backends)
+            table_bytes = table.nbytes
         del table  # packing may have copied it into a layout of its own
         positions = self.load_positions(source, max_model_len)
         source.release()
@@ -207,4 +244,5 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
             final_norm=final_norm,
             lm_head=lm_head,
             weight_bytes=table_bytes + lm_head.weight_bytes + sum(layer.weight_bytes for layer in layers),
+            placement=place,
         )

@@ -25,7 +25,7 @@ from millrace.runtime.models.decoder import DecoderDecl, Embed
 class GPT2LayerDecl(msgspec.Struct, frozen=True, kw_only=True):
     """One layer; the fields stand in the order in which the layer computes."""
 
-    head_dim: int
+    num_heads: int
     scale: float
     input_norm: LayerNormDecl
     qkv: LinearDecl
@@ -52,7 +52,8 @@ class GPT2Layer:
         self.input_norm = decl.input_norm.load(source)
         self.output = decl.output.load(source)
         self.post_attention_norm = decl.post_attention_norm.load(source)
-        self._head_dim = decl.head_dim
+        self._num_heads = decl.num_heads
+        self._backends = source.placement.backends
         self._qkv = decl.qkv.load(source)
         self._up = decl.up.load(source)
         self._down = decl.down.load(source)
@@ -61,14 +62,15 @@ class GPT2Layer:
     def weight_bytes(self) -> int:
         return sum(linear.weight_bytes for linear in (self._qkv, self.output, self._up, self._down))
 
-    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Kernels address by shape alone, so the three parts are copied out of the fused rows.
-        parts = self._qkv(x).chunk(3, 1)
-        q, k, v = (part.contiguous().view(x.shape[0], -1, self._head_dim) for part in parts)
-        return q, k, v
+    def write_kv(
+        self, x: Tensor, positions: Tensor, kv_cache: Tensor, kv_scales: Tensor | None, slots: Tensor
+    ) -> Tensor:
+        return ops.rope_kv(
+            self._qkv(x), self._num_heads, kv_cache, positions, slots, kv_scales=kv_scales, backends=self._backends
+        )
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self._down(ops.gelu_tanh(self._up(x)))
+        return self._down(ops.gelu_tanh(self._up(x), backends=self._backends))
 
 
 class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
@@ -86,7 +88,8 @@ class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
         """The learned embedding, [max_model_len, hidden_size]."""
         stored = source.read(self.position_embedding.name)[:max_model_len]
-        return torch.empty(stored.shape).copy_(stored)
+        place = source.placement
+        return torch.empty(stored.shape, dtype=place.activation, device=place.device).copy_(stored)
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
         return lambda tokens, at: look_up(tokens).add_(positions.index_select(0, at))
@@ -112,7 +115,7 @@ def declare_gpt2(config: ConfigReader) -> GPT2Decl:
     def layer(index: int) -> GPT2LayerDecl:
         name = f"transformer.h.{index}"
         return GPT2LayerDecl(
-            head_dim=head_dim,
+            num_heads=heads,
             scale=scale / (index + 1) if by_index else scale,
             input_norm=LayerNormDecl(f"{name}.ln_1", hidden, eps),
             qkv=linear(f"{name}.attn.c_attn", hidden, 3 * hidden),

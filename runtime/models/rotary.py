@@ -58,8 +58,8 @@ class RotaryLayer:
         self.input_norm = decl.input_norm.load(source)
         self.output = decl.output.load(source)
         self.post_attention_norm = decl.post_attention_norm.load(source)
-        self._head_dim = decl.head_dim
-        self._split = [heads * decl.head_dim for heads in (decl.num_heads, decl.num_kv_heads, decl.num_kv_heads)]
+        self._num_heads = decl.num_heads
+        self._backends = source.placement.backends
         self._cos_sin = cos_sin  # [max_model_len, head_dim]
         self._qkv = decl.qkv.load(source)
         self._q_norm: RMSNorm | None = None if decl.q_norm is None else decl.q_norm.load(source)
@@ -71,17 +71,25 @@ class RotaryLayer:
     def weight_bytes(self) -> int:
         return sum(linear.weight_bytes for linear in (self._qkv, self.output, self._gate_up, self._down))
 
-    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Kernels address by shape alone, so the three parts are copied out of the fused rows.
-        parts = self._qkv(x).split_with_sizes(self._split, 1)
-        q, k, v = (part.contiguous().view(x.shape[0], -1, self._head_dim) for part in parts)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
-        ops.rope_(q, k, self._cos_sin, positions)
-        return q, k, v
+    def write_kv(
+        self, x: Tensor, positions: Tensor, kv_cache: Tensor, kv_scales: Tensor | None, slots: Tensor
+    ) -> Tensor:
+        return ops.rope_kv(
+            self._qkv(x),
+            self._num_heads,
+            kv_cache,
+            positions,
+            slots,
+            cos_sin=self._cos_sin,
+            q_norm=None if self._q_norm is None else self._q_norm.weight,
+            k_norm=None if self._k_norm is None else self._k_norm.weight,
+            eps=0.0 if self._q_norm is None else self._q_norm.eps,
+            kv_scales=kv_scales,
+            backends=self._backends,
+        )
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self._down(ops.silu_mul(self._gate_up(x)))
+        return self._down(ops.silu_mul(self._gate_up(x), backends=self._backends))
 
 
 class RotaryDecl(DecoderDecl, frozen=True, kw_only=True):
@@ -95,7 +103,7 @@ class RotaryDecl(DecoderDecl, frozen=True, kw_only=True):
 
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
         """cos and sin, [max_model_len, head_dim]."""
-        return self.rope.cos_sin(max_model_len)
+        return self.rope.cos_sin(max_model_len).to(source.placement.device)
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
         return lambda tokens, _: look_up(tokens)

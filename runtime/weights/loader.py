@@ -12,6 +12,7 @@ from torch import Tensor
 from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
 from millrace.runtime.errors import CheckpointError, ConfigError
+from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
 from millrace.runtime.weights.checkpoint import Checkpoint, read_config
@@ -19,7 +20,6 @@ from millrace.runtime.weights.synthetic import RandomWeights
 
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
 
-_CPU = torch.device("cpu")
 _LISTED = 12  # names in one error message
 
 
@@ -27,7 +27,7 @@ def load_model(
     path: Path,
     *,
     dtype: str = "auto",
-    device: torch.device = _CPU,
+    placement: Placement | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -36,21 +36,21 @@ def load_model(
     Args:
         path: the folder with config.json and safetensors files.
         dtype: how matrices are stored: "float32", "bfloat16", or "auto", which keeps bfloat16 matrices as they are
-            where the kernels read them directly, and widens all others. Arithmetic is float32 either way.
-        device: the CPU.
+            where the kernels read them directly, and widens all others. Arithmetic is float32 either way. With a
+            placement it stays "auto": everything is of the type that the placement computes in.
+        placement: a GPU and its backends; None is the CPU.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
 
     Raises:
         CheckpointError: unknown architecture or setting; missing, unexpected, misshapen or unreadable weights.
-        ConfigError: dtype, device or max_model_len is not supported.
+        ConfigError: dtype or max_model_len is not supported.
     """
-    _check_device(device)
     decl = declare(read_config(path))
     length = _model_len(decl, max_model_len)
     checkpoint = Checkpoint(path)
     names = _match(decl, checkpoint, path)
-    source = _CheckpointWeights(checkpoint, names, _storage(dtype))
+    source = _CheckpointWeights(checkpoint, names, _storage(dtype, placement), placement or Placement())
     return decl.build(source, length, progress or _silent)
 
 
@@ -59,26 +59,47 @@ def random_model(
     seed: int = 0,
     *,
     dtype: str = "auto",
+    placement: Placement | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
     """A model with random weights and no files; equal to loading `write_random_checkpoint(folder, config, seed)`.
 
-    Matrices are stored in float32 ("auto" too) or bfloat16. Raises CheckpointError and ConfigError as `load_model`.
+    Matrices are stored in float32 ("auto" too) or bfloat16, with a placement in the type that it computes in. Raises
+    CheckpointError and ConfigError as `load_model`.
     """
     decl = declare(config)
-    stored = torch.float32 if dtype == "auto" else _storage(dtype)[torch.float32]
-    source = RandomWeights(decl.tensors(), seed, stored, stored)
+    automatic = dtype == "auto" and placement is None
+    stored = torch.float32 if automatic else _storage(dtype, placement)[torch.float32]
+    source = RandomWeights(decl.tensors(), seed, stored, stored, placement)
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
+
+
+def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
+    """The type that a checkpoint is computed in on a GPU: "auto" keeps bfloat16 and float16, and takes bfloat16 for
+    float32 and where there is no checkpoint. Raises CheckpointError where it cannot be read, ConfigError for a dtype
+    that no GPU kernel has."""
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in known:
+        return known[dtype]
+    if dtype != "auto":
+        raise ConfigError(f"model.dtype is {dtype}, but on a GPU it must be auto, bfloat16 or float16", param="dtype")
+    stored = set() if path is None else {tensor.dtype for tensor in Checkpoint(path).tensors.values()}
+    return torch.float16 if "F16" in stored and "BF16" not in stored else torch.bfloat16
 
 
 class _CheckpointWeights:
     """A checkpoint under the names of the declaration: implements millrace.runtime.models.declaration.WeightSource."""
 
     def __init__(
-        self, checkpoint: Checkpoint, names: Mapping[str, str], storage: Mapping[torch.dtype, torch.dtype]
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        storage: Mapping[torch.dtype, torch.dtype],
+        placement: Placement,
     ) -> None:
         """`names` maps declared names to stored ones."""
+        self.placement = placement
         self._checkpoint = checkpoint
         self._names = names
         self._storage = storage
@@ -156,8 +177,12 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(ordered[:_LISTED]) + more
 
 
-def _storage(dtype: str) -> Mapping[torch.dtype, torch.dtype]:
+def _storage(dtype: str, placement: Placement | None) -> Mapping[torch.dtype, torch.dtype]:
     """Stored type -> the type that matrices are kept in."""
+    if placement is not None:
+        if dtype != "auto":
+            raise ConfigError(f"dtype is {dtype}, but with a placement it must be auto", param="dtype")
+        return dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), placement.activation)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype is {dtype}, but it must be auto, float32 or bfloat16", param="dtype")
     wide = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -165,11 +190,6 @@ def _storage(dtype: str) -> Mapping[torch.dtype, torch.dtype]:
     direct = dtype == "auto" and isinstance(ops.default_backends()[0], CpuBackend)
     narrow = torch.bfloat16 if direct else wide
     return {torch.float32: wide, torch.float16: wide, torch.bfloat16: narrow}
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise ConfigError(f"device is {device}, but models run on the CPU only: use cpu", param="device")
 
 
 def _model_len(decl: DecoderDecl, wanted: int | None) -> int:

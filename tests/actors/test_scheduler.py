@@ -27,10 +27,8 @@ from millrace.runtime.config import SchedulerConfig
 from millrace.runtime.device import Stream
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
-from millrace.runtime.kv.tables import BlockTables
+from millrace.runtime.lanes import host_lanes
 from millrace.runtime.messages import Admitted, Cancel, Closed, Flow, Started, TokensSampled
-from millrace.runtime.sampling.batch import SamplerState
-from millrace.runtime.sampling.rows import TokenRows
 from millrace.runtime.scheduling.budget import PrefillBudget
 from millrace.runtime.types import BLOCK_SIZE, Priority, choice_of, request_of
 
@@ -87,6 +85,9 @@ class ManualDevice:
     def notify(self, stream: Stream, callback: Callable[[], None]) -> None:
         self.work.append(lambda: self.world.call_soon_threadsafe(callback))
 
+    def check(self) -> None:
+        pass
+
     def close(self) -> None:
         self.work.clear()
 
@@ -125,16 +126,14 @@ class House:
             decode=ends["decode"][0],
             streamer=ends["streamer"][0],
         )
-        kv = self.model.allocate_kv(num_blocks)
-        tokens = TokenRows(max_num_seqs)
-        lane: dict[str, Any] = {"device": self.device, "model": self.model, "kv": kv, "sampler": ends["sampler"][0]}
-        self.prefill = Prefill(tables=BlockTables(max_num_seqs, 16), inbox=ends["prefill"][1], **lane)
-        self.decode = Decode(tables=BlockTables(max_num_seqs, 16), tokens=tokens, inbox=ends["decode"][1], **lane)
+        lanes = host_lanes(self.model, num_blocks, max_num_seqs, 256)
+        to_sampler = ends["sampler"][0]
+        self.prefill = Prefill(device=self.device, lane=lanes.prefill, inbox=ends["prefill"][1], sampler=to_sampler)
+        self.decode = Decode(device=self.device, lane=lanes.decode, inbox=ends["decode"][1], sampler=to_sampler)
         self.sampler = Sampler(
             device=self.device,
             world=world,
-            state=SamplerState(max_num_seqs, VOCAB, (EOS,)),
-            tokens=tokens,
+            lane=lanes.sampling,
             eos_token_ids=(EOS,),
             inbox=ends["sampler"][1],
             own=ends["sampler"][0],

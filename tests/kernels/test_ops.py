@@ -57,7 +57,7 @@ def ints(*values: int) -> Tensor:
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "weight of rank 1": (lambda: ops.pack_linear(torch.zeros(4)), r"weight is float32 \[4\]"),
-    "weight of float16": (lambda: ops.pack_linear(X.half()), "float32 or bfloat16"),
+    "weight of float64": (lambda: ops.pack_linear(X.double()), "float32 or bfloat16 or float16"),
     "weight not contiguous": (lambda: ops.pack_linear(STRIDED), "not contiguous"),
     "weight without rows": (lambda: ops.pack_linear(torch.zeros(0, 4)), "at least one row"),
     "bias of another length": (lambda: ops.pack_linear(X, torch.zeros(8)), r"\[4\]"),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.base import Model
+from millrace.runtime.models.declaration import Placement
 from millrace.runtime.weights.checkpoint import Checkpoint
-from millrace.runtime.weights.loader import load_model
+from millrace.runtime.weights.loader import gpu_dtype, load_model
 
 torch.set_num_threads(1)
 
@@ -203,8 +204,12 @@ def test_max_model_len_is_bounded_by_the_checkpoint(llama: Path) -> None:
 def test_other_options_are_checked(llama: Path) -> None:
     with pytest.raises(ConfigError, match="dtype is float64"):
         load_model(llama, dtype="float64")
-    with pytest.raises(ConfigError, match="device is cuda"):
-        load_model(llama, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="with a placement it must be auto"):
+        load_model(llama, dtype="float32", placement=Placement())
+    with pytest.raises(ConfigError, match=r"model\.dtype is float32, but on a GPU"):
+        gpu_dtype(llama, "float32")
+    assert gpu_dtype(llama, "auto") is torch.bfloat16
+    assert gpu_dtype(llama, "float16") is torch.float16
 
 
 def test_progress_counts_every_module(llama: Path) -> None:

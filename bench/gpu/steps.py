@@ -1,0 +1,116 @@
+"""A model at a real shape with random weights: decode steps as graphs and prefill, by device time, and how many kernels
+a layer launches. The engine around it is measured by `engine`."""
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from gpu.case_list import Place
+from gpu.cases import device_place
+from gpu.context import Context
+from gpu.floors import GOAL_DECODE, GOAL_LAUNCHES, GOAL_PREFILL, Shape
+from gpu.model_tools import decode_graph, placement, prepare, prompt_batch
+from gpu.plan import Row, rated, timed
+from gpu.timing import CudaTimer, Timer, free_bytes
+from millrace.runtime.cuda.driver import CudaDriver, TorchDriver
+from millrace.runtime.types import BLOCK_SIZE
+from millrace.runtime.weights.loader import random_model
+from millrace.runtime.weights.synthetic import preset
+
+SHAPES = {"steps-8b": "llama-3.1-8b", "steps-7b": "llama-2-7b"}
+BATCHES = {"llama-3.1-8b": (1, 64, 256), "llama-2-7b": (1, 64)}
+CONTEXT, PREFILL = 1024, (2048, 1024)
+KV_SHARE = 0.85  # of what the weights leave
+
+
+def decode_rows(
+    context: Context, driver: CudaDriver, timer: Timer, name: str, model: Any, batches: tuple[int, ...], length: int,
+    free: int,
+) -> None:  # fmt: skip
+    """One row for each batch: the time of a step in percent of its floor."""
+    shape, part = Shape.of(preset(name)), context.part.name
+    fitting = int(KV_SHARE * free) // (model.kv_bytes_per_token * BLOCK_SIZE)
+    pages = -(-length // BLOCK_SIZE)
+    chosen = [batch for batch in batches if batch * pages + 1 <= fitting]
+    for batch in set(batches) - set(chosen):
+        context.say(f"   batch {batch} x {length} tokens needs {batch * pages} blocks, and {fitting} fit")
+    if not chosen:
+        return
+    num_blocks = max(chosen) * pages + 1
+    kv = model.allocate_kv(num_blocks)
+    kv.storage.normal_()  # what was never written may be NaN, and what is read here was not
+    for batch in chosen:
+        if context.left < 6:
+            context.say(f"   batch {batch}: no time left")
+            continue
+        graphs, _ = decode_graph(driver, model, kv, num_blocks, batch, length, length)
+        if graphs.refused:
+            note = graphs.refused[:300]
+            context.row(Row(part, f"decode graph, batch {batch}", 0, "graphs", note=note, failed=True))
+            continue
+        seconds = timer.seconds([lambda graphs=graphs, batch=batch: graphs.replay(batch)], 12)
+        floor = shape.decode_floor(context.roof(), batch, length)
+        goal = GOAL_DECODE.get((name, batch))
+        note = f"{batch / seconds:,.0f} tokens/s, {batch / floor:,.0f} at the floor; without sampling and host"
+        context.row(timed(part, f"{name} decode step, batch {batch} at {length}", seconds * 1e3, "ms", floor * 1e3,
+                          note=note, goal=goal))  # fmt: skip
+        del graphs
+
+
+def prefill_rows(context: Context, timer: Timer, name: str, model: Any, lengths: tuple[int, ...]) -> None:
+    shape, vocab = Shape.of(preset(name)), model.spec.vocab_size
+    for length in lengths:
+        kv = model.allocate_kv(-(-length // BLOCK_SIZE) + 1)
+        tokens = [(i * 7919 + 13) % vocab for i in range(length)]
+        batch = prompt_batch(tokens, model.device, all_logits=False)
+        seconds = timer.seconds([lambda batch=batch, kv=kv: model.forward(batch, kv)], 6)
+        roof = length / shape.prefill_floor(context.roof(), length)
+        context.row(rated(context.part.name, f"{name} prefill of {length}", length / seconds, "tokens/s", roof,
+                          note=f"{seconds * 1e3:.1f} ms", goal=GOAL_PREFILL if length == 2048 else None))  # fmt: skip
+
+
+def count_kernels(work: Callable[[], object]) -> int:
+    """Kernels that a work launches, whoever launches them; copies and fills of memory are not counted."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+
+
+def launches(context: Context, place: Place, driver: CudaDriver, name: str, count: Callable[[Any], int]) -> None:
+    """Kernels of a decode step with 4 layers less those with 2: what a layer takes, at the model's own widths."""
+    counts = []
+    for layers in (2, 4):
+        config = preset(name) | {"num_hidden_layers": layers, "vocab_size": 1024}
+        config |= {"eos_token_id": 1, "bos_token_id": 0}
+        model = random_model(config, placement=placement(place, driver, 4), max_model_len=256)
+        prepare(place, model)
+        kv = model.allocate_kv(17)
+        kv.storage.zero_()
+        graphs, _ = decode_graph(driver, model, kv, 17, 4, 64, 256)
+        counts.append(count(lambda graphs=graphs: graphs.replay(4)))
+    note = f"{counts[0]} with 2 layers, {counts[1]} with 4"
+    context.row(Row(context.part.name, f"{name} kernels per layer in the graph", (counts[1] - counts[0]) / 2, "kernels",
+                    goal=GOAL_LAUNCHES, goal_kind="at most", note=note))  # fmt: skip
+
+
+def run(context: Context) -> None:
+    name = SHAPES[context.part.name]
+    place, driver, timer = device_place(), TorchDriver(0), CudaTimer()
+    stream = torch.cuda.Stream()
+    # A graph cannot be captured on the default stream.
+    with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+        place = place._replace(stream=stream.cuda_stream)
+        launches(context, place, driver, name, count_kernels)
+        model = random_model(preset(name), placement=placement(place, driver, max(BATCHES[name])), max_model_len=4096)
+        prepare(place, model)
+        gc.collect()
+        torch.cuda.empty_cache()
+        prefill_rows(context, timer, name, model, PREFILL)
+        decode_rows(context, driver, timer, name, model, BATCHES[name], CONTEXT, free_bytes())

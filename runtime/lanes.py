@@ -1,0 +1,246 @@
+"""What runs in stream order behind prefill, decode and the sampler: from a plan to a forward pass, and from logits to
+tokens. An actor decides when a step is launched and says what came of it; its lane does the step.
+
+The lanes here compute where the event loop's process computes, in numpy and torch on the CPU. `runtime/cuda/` has those
+that only enqueue work for a GPU.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from millrace.runtime.device import StepOutput
+from millrace.runtime.kv.tables import BlockTables
+from millrace.runtime.messages import DecodePlan, LogitsReady, PrefillPlan, PromptLogprobs, SampleJoin
+from millrace.runtime.models.base import ForwardBatch, Model
+from millrace.runtime.sampling.batch import SamplerState
+from millrace.runtime.sampling.logprobs import prompt_logprobs
+from millrace.runtime.sampling.rows import TokenRows
+from millrace.runtime.types import BLOCK_SIZE, SamplingParams, choice_of
+
+PLAIN = SamplingParams(temperature=0.0)  # cannot fail: for a row whose own parameters did
+_NO_TOKENS = np.empty(0, dtype=np.int32)
+
+
+class PrefillLane(Protocol):
+    def run(self, plan: PrefillPlan, output: StepOutput) -> None:
+        """Computes the chunks; leaves logits [num sequences that are done, vocab_size] in `output.logits`, and the
+        prompt log probabilities that were asked for."""
+
+
+class DecodeLane(Protocol):
+    def run(self, plan: DecodePlan, output: StepOutput) -> None:
+        """Computes one token for each row; leaves logits [batch, vocab_size] in `output.logits`."""
+
+
+class SamplingLane(Protocol):
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+    def run(self, ready: LogitsReady) -> None:
+        """Draws a token for each row from `ready.output.logits`, and leaves it where the next decode step reads it;
+        what was drawn stands in `ready.output.sampled` once the output is finished."""
+
+
+class Lanes(NamedTuple):
+    """The three lanes of one engine; they share KV storage and the last token of every row."""
+
+    prefill: PrefillLane
+    decode: DecodeLane
+    sampling: SamplingLane
+
+
+def host_lanes(model: Model, num_blocks: int, max_rows: int, max_model_len: int) -> Lanes:
+    """Lanes on the CPU, with their storage."""
+    kv = model.allocate_kv(num_blocks)
+    max_blocks = -(-max_model_len // BLOCK_SIZE)
+    tokens = TokenRows(max_rows)
+    return Lanes(
+        HostPrefill(model, kv, BlockTables(max_rows, max_blocks)),
+        HostDecode(model, kv, BlockTables(max_rows, max_blocks), tokens),
+        HostSampling(SamplerState(max_rows, model.spec.vocab_size, model.spec.eos_token_ids), tokens),
+    )
+
+
+class Chunks(NamedTuple):
+    """A prefill plan as the columns of a forward pass, on the host. Several forward passes may share its work."""
+
+    tokens: NDArray[np.int64]  # [num_tokens]
+    positions: NDArray[np.int64]  # [num_tokens]
+    slot_mapping: NDArray[np.int64]  # [num_tokens]
+    query_starts: NDArray[np.int32]  # [num_seqs + 1]
+    context_lens: NDArray[np.int32]  # [num_seqs]
+    block_tables: NDArray[np.int32]  # [num_seqs, max_blocks]
+    logits_indices: NDArray[np.int64]  # [num_logits]
+
+    @staticmethod
+    def of(plan: PrefillPlan, tables: BlockTables) -> "Chunks":
+        """Logits are wanted of the last token of each sequence that draws, and behind those of every token whose
+        prompt log probabilities are."""
+        lengths = plan.lengths
+        ends = plan.starts + lengths  # [num_seqs]
+        query_starts = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=query_starts[1:])
+        positions = np.arange(len(plan.tokens), dtype=np.int64) + np.repeat(plan.starts - query_starts[:-1], lengths)
+        last_tokens = query_starts[1:][np.unique(plan.join_of)] - 1
+        wanted = [np.arange(query_starts[i], query_starts[i + 1]) for i in np.flatnonzero(plan.prompt_logprobs >= 0)]
+        return Chunks(
+            tokens=plan.tokens.astype(np.int64),
+            positions=positions,
+            slot_mapping=tables.slots(np.repeat(plan.rows, lengths), positions, BLOCK_SIZE),
+            query_starts=query_starts,
+            context_lens=ends.astype(np.int32),
+            block_tables=tables.gather(plan.rows, -(-int(ends.max()) // BLOCK_SIZE)),
+            logits_indices=np.concatenate([last_tokens, *wanted]).astype(np.int64),
+        )
+
+    def batch(
+        self, columns: Mapping[str, Tensor], host: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> ForwardBatch:
+        """The forward pass over these columns, which are given by name as tensors on the model's device."""
+        return ForwardBatch(
+            tokens=columns["tokens"],
+            positions=columns["positions"],
+            slot_mapping=columns["slot_mapping"],
+            query_starts=columns["query_starts"],
+            context_lens=columns["context_lens"],
+            block_tables=columns["block_tables"],
+            logits_indices=columns["logits_indices"],
+            max_query_len=int(np.diff(self.query_starts).max()),
+            max_context_len=int(self.context_lens.max()),
+            host=host,
+        )
+
+
+class Scored(NamedTuple):
+    """A chunk whose prompt log probabilities are wanted."""
+
+    seq: int
+    start: int  # position of the chunk's first token
+    row: int  # of the logits, of its first token
+    following: NDArray[np.int32]  # [n], the token behind each position; the last prompt token has none
+    num_top: int
+
+
+def scored_chunks(plan: PrefillPlan) -> list[Scored]:
+    """What to score of a plan, against the logits that `Chunks.of` asks for."""
+    row = len(np.unique(plan.join_of))
+    found = []
+    bounds = np.concatenate([[0], np.cumsum(plan.lengths)])
+    for i in np.flatnonzero(plan.prompt_logprobs >= 0).tolist():
+        following = np.append(plan.tokens[bounds[i] + 1 : bounds[i + 1]], plan.next_tokens[i])
+        if plan.next_tokens[i] < 0:
+            following = following[:-1]
+        top = int(plan.prompt_logprobs[i])
+        found.append(Scored(plan.seqs[i], int(plan.starts[i]), row, following.astype(np.int32), top))
+        row += int(plan.lengths[i])
+    return found
+
+
+class HostPrefill:
+    """Owns the block tables of the prompts in flight."""
+
+    def __init__(self, model: Model, kv: Any, tables: BlockTables) -> None:
+        self._model = model
+        self._kv = kv
+        self._tables = tables
+
+    def run(self, plan: PrefillPlan, output: StepOutput) -> None:
+        self._tables.apply(plan.blocks)
+        chunks = Chunks.of(plan, self._tables)
+        columns = {name: torch.from_numpy(column) for name, column in chunks._asdict().items()}
+        logits = self._model.forward(chunks.batch(columns), self._kv)
+        output.logits = logits[: len(np.unique(plan.join_of))]
+        scores = []
+        for scored in scored_chunks(plan):
+            rows = logits[scored.row : scored.row + len(scored.following)]
+            found = prompt_logprobs(rows, scored.following, scored.num_top)
+            scores.append(PromptLogprobs(scored.seq, scored.start, scored.following, found))
+        output.prompt_logprobs = tuple(scores)
+
+
+class HostDecode:
+    """Owns the device batch: position and block table of every row."""
+
+    def __init__(self, model: Model, kv: Any, tables: BlockTables, tokens: TokenRows) -> None:
+        self._model = model
+        self._kv = kv
+        self._tables = tables
+        self._tokens = tokens
+        self._positions = np.zeros(tokens.max_rows, dtype=np.int64)  # [max_rows], of the next input token
+        self._ramp = torch.arange(tokens.max_rows, dtype=torch.int64)  # 0, 1, 2, ...: logits of every row
+        self._starts = torch.arange(tokens.max_rows + 1, dtype=torch.int32)  # one query token per sequence
+
+    def run(self, plan: DecodePlan, output: StepOutput) -> None:
+        if plan.copies is not None:
+            source, target = torch.from_numpy(plan.copies.source), torch.from_numpy(plan.copies.target)
+            self._model.copy_blocks(self._kv, source, target)
+        self._tables.apply(plan.blocks)
+        self._positions[plan.joined_rows] = plan.joined_positions
+        rows = plan.rows
+        batch = len(rows)
+        positions = self._positions[rows]  # [batch]
+        longest = int(positions.max()) + 1
+        output.logits = self._model.forward(
+            ForwardBatch(
+                tokens=torch.from_numpy(self._tokens.gather(rows)),
+                positions=torch.from_numpy(positions),
+                slot_mapping=torch.from_numpy(self._tables.slots(rows, positions, BLOCK_SIZE)),
+                query_starts=self._starts[: batch + 1],
+                context_lens=torch.from_numpy((positions + 1).astype(np.int32)),
+                block_tables=torch.from_numpy(self._tables.gather(rows, -(-longest // BLOCK_SIZE))),
+                logits_indices=self._ramp[:batch],
+                max_query_len=1,
+                max_context_len=longest,
+                is_decode=True,
+            ),
+            self._kv,
+        )
+        self._positions[rows] += 1
+
+
+class HostSampling:
+    """Owns the sampling state of all rows."""
+
+    def __init__(self, state: SamplerState, tokens: TokenRows) -> None:
+        self.max_rows = state.max_rows
+        self.vocab_size = state.vocab_size
+        self._state = state
+        self._tokens = tokens
+        self._joined: set[int] = set()
+
+    def run(self, ready: LogitsReady) -> None:
+        broken = {index: reason for index, join in enumerate(ready.joins) if (reason := self._join(join)) is not None}
+        sampled = self._state.sample(ready.output.logits, ready.rows, ready.logits_index)
+        if broken:
+            sampled = msgspec.structs.replace(
+                sampled,
+                bad_rows=np.append(sampled.bad_rows, list(broken)).astype(np.int64),
+                bad_reasons=(*sampled.bad_reasons, *broken.values()),
+            )
+        # A row with broken logits has no token; it has ended, and what is computed behind it is dropped.
+        self._tokens.scatter(ready.rows, np.maximum(sampled.tokens, 0))
+        ready.output.sampled = sampled
+        ready.output.logits = None
+
+    def _join(self, join: SampleJoin) -> str | None:
+        """Puts a sequence into its row. What goes wrong ends this sequence and not the step: then it says why, and the
+        row takes part in this step with parameters that cannot fail."""
+        if join.row in self._joined:
+            self._joined.remove(join.row)
+            self._state.leave(join.row)
+        reason = None
+        try:
+            self._state.join(join.row, join.sampling, join.seed, choice_of(join.seq), join.prompt, join.output)
+        except Exception as error:
+            reason = f"the sampling parameters cannot be used ({type(error).__name__})"
+            self._state.join(join.row, PLAIN, 0, 0, _NO_TOKENS, _NO_TOKENS)
+        self._joined.add(join.row)
+        return reason
