@@ -135,6 +135,66 @@ class AttentionArgs(NamedTuple):
     window: int | None
 
 
+class NormWeights(NamedTuple):
+    """An RMS norm, or with a bias a layer norm."""
+
+    weight: Tensor  # [width]
+    bias: Tensor | None
+    eps: float
+
+
+class DecoderLayerArgs(NamedTuple):
+    """One pre-norm layer, in the order in which it computes."""
+
+    input_norm: NormWeights
+    qkv: PackedLinear  # -> [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    q_norm: NormWeights | None  # over head_dim, before the rotation
+    k_norm: NormWeights | None
+    output: PackedLinear
+    post_attention_norm: NormWeights
+    up: PackedLinear  # gate and up side by side where the MLP is gated
+    down: PackedLinear
+    scale: float
+    window: int | None
+
+
+class DecoderArgs(NamedTuple):
+    layers: tuple[DecoderLayerArgs, ...]
+    final_norm: NormWeights
+    cos_sin: Tensor | None  # [max_positions, rotary_dim] float32; None: positions are in the embedding
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    is_gated: bool  # silu(gate) * up; otherwise the tanh form of GELU
+
+
+class PackedDecoder(abc.ABC):
+    """All layers of a decoder as one call; made by `ops.pack_decoder`."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        residual: Tensor,
+        kv_storage: Tensor,
+        batch: AttentionBatch,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        logits_indices: Tensor,
+    ) -> Tensor:
+        """Writes keys and values of all tokens; returns what the output matrix multiplies, [num_logits, hidden].
+
+        Args:
+            residual: embeddings [num_tokens, hidden] float32; used up.
+            kv_storage: [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32.
+            positions, slot_mapping: [num_tokens] int64.
+            logits_indices: [num_logits] int64, tokens whose output is wanted.
+
+        Raises:
+            ValueError: an argument has another shape or dtype.
+            IndexError: a position, slot, block or token is outside of what there is.
+        """
+
+
 class CopyBlocksArgs(NamedTuple):
     kv_storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     source: Tensor  # [num_copies] int64
@@ -152,6 +212,9 @@ class Backend:
 
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_linear")
+
+    def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
+        return self._lacks("pack_decoder")
 
     def embedding(self, args: EmbeddingArgs) -> Tensor | Refusal:
         return self._lacks("embedding")

@@ -22,9 +22,13 @@ from millrace.kernels.arguments import (
     AttentionBatch,
     Backend,
     CopyBlocksArgs,
+    DecoderArgs,
+    DecoderLayerArgs,
     EmbeddingArgs,
     NormArgs,
+    NormWeights,
     PackArgs,
+    PackedDecoder,
     PackedLinear,
     Refusal,
     RopeArgs,
@@ -38,6 +42,10 @@ from millrace.kernels.torch_backend import TorchBackend
 __all__ = [
     "BLOCK_SIZE",
     "AttentionBatch",
+    "DecoderArgs",
+    "DecoderLayerArgs",
+    "NormWeights",
+    "PackedDecoder",
     "PackedLinear",
     "UnservedError",
     "add_layer_norm",
@@ -48,6 +56,7 @@ __all__ = [
     "embedding",
     "gelu_tanh",
     "layer_norm",
+    "pack_decoder",
     "pack_linear",
     "paged_attention",
     "prepare",
@@ -146,6 +155,15 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, backends: Backend
         _check("pack_linear", "bias", bias, (weight.shape[0],), _WEIGHT)
     packed: PackedLinear = _serve("pack_linear", PackArgs(weight, bias), backends)
     return packed
+
+
+def pack_decoder(args: DecoderArgs, *, backends: Backends = None) -> PackedDecoder | None:
+    """All layers as one call, with the same result as the ops one by one; None where no backend has that."""
+    for backend in default_backends() if backends is None else backends:
+        packed = backend.pack_decoder(args)
+        if not isinstance(packed, Refusal):
+            return packed
+    return None
 
 
 def embedding(tokens: Tensor, weight: Tensor, *, backends: Backends = None) -> Tensor:

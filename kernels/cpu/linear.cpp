@@ -6,6 +6,7 @@
 // blocks and threads fall: a row's result has the same bits for every number of rows in the batch.
 
 #include "common.h"
+#include "kernels.h"
 
 #include <type_traits>
 

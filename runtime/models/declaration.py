@@ -129,6 +129,9 @@ class RMSNorm:
         self.weight = weight  # [width] float32
         self.eps = eps
 
+    def weights(self) -> ops.NormWeights:
+        return ops.NormWeights(self.weight, None, self.eps)
+
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
@@ -144,6 +147,9 @@ class LayerNorm:
         self.weight = weight  # [width] float32
         self.bias = bias  # [width] float32
         self.eps = eps
+
+    def weights(self) -> ops.NormWeights:
+        return ops.NormWeights(self.weight, self.bias, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)

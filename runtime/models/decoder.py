@@ -58,6 +58,9 @@ class DecoderLayer(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    def describe(self) -> ops.DecoderLayerArgs:
+        """The same layer for a backend that computes whole layers."""
+
     def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[num_tokens, hidden] -> queries [num_tokens, num_heads, head_dim], keys and values [.., num_kv_heads, ..]."""
 
@@ -76,6 +79,7 @@ class DecoderModel:
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm | LayerNorm,
         lm_head: ops.PackedLinear,
+        stack: ops.PackedDecoder | None,
         weight_bytes: int,
     ) -> None:
         self.spec = spec
@@ -85,6 +89,7 @@ class DecoderModel:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._lm_head = lm_head
+        self._stack = stack  # the layers as one call; None: op by op, as below
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -109,6 +114,8 @@ class DecoderModel:
         positions, slots = batch.positions, batch.slot_mapping
         last = self._layers[-1]
         residual = self._embed(batch.tokens, positions)  # [num_tokens, hidden_size]
+        if self._stack is not None:
+            return self._lm_head(self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices))
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.layers[index]
@@ -143,11 +150,13 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base_prefix: checkpoints of the bare base model leave it out of every name; either way is accepted.
         harmless: patterns of stored tensors (named without base_prefix) that the model does not need.
+        is_gated: the MLP is silu(gate) * up; otherwise it is the tanh form of GELU.
         lm_head: the output matrix; None where it is tied to the embedding.
     """
 
     base_prefix: ClassVar[str]
     harmless: ClassVar[Sequence[re.Pattern[str]]]
+    is_gated: ClassVar[bool]
 
     spec: ModelSpec
     embedding: EmbeddingDecl
@@ -161,6 +170,10 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
 
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
         """A float32 table with one row for each position below max_model_len."""
+        raise NotImplementedError
+
+    def rotation(self, positions: Tensor) -> Tensor | None:
+        """Cosines and sines that layers rotate queries and keys by, [max_model_len, rotary_dim], if they do."""
         raise NotImplementedError
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
@@ -200,11 +213,23 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
             lm_head = self.lm_head.load(source)
         source.release()
         progress(total, total)
+        stack = ops.pack_decoder(
+            ops.DecoderArgs(
+                layers=tuple(layer.describe() for layer in layers),
+                final_norm=final_norm.weights(),
+                cos_sin=self.rotation(positions),
+                num_heads=self.spec.num_heads,
+                num_kv_heads=self.spec.num_kv_heads,
+                head_dim=self.spec.head_dim,
+                is_gated=self.is_gated,
+            )
+        )
         return DecoderModel(
             msgspec.structs.replace(self.spec, max_model_len=max_model_len),
             embed=self.embed(look_up, positions),
             layers=layers,
             final_norm=final_norm,
             lm_head=lm_head,
+            stack=stack,
             weight_bytes=table_bytes + lm_head.weight_bytes + sum(layer.weight_bytes for layer in layers),
         )
