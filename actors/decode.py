@@ -43,6 +43,8 @@ class Decode:
         self._positions = np.zeros(tokens.max_rows, dtype=np.int64)  # [max_rows], of the next input token
         self._ramp = torch.arange(tokens.max_rows, dtype=torch.int64)  # 0, 1, 2, ...: logits of every row
         self._starts = torch.arange(tokens.max_rows + 1, dtype=torch.int32)  # one query token per sequence
+        # Sampling reads a step's logits before the next step is computed. Pages are committed as rows are first used.
+        self._logits = torch.empty(tokens.max_rows, model.spec.vocab_size)  # [max_rows, vocab_size]
         self._inbox = inbox
         self._sampler = sampler
         self._plans: deque[DecodePlan] = deque()
@@ -99,6 +101,7 @@ class Decode:
                 logits_indices=self._ramp[:batch],
                 max_query_len=1,
                 max_context_len=longest,
+                logits_out=self._logits,
             ),
             self._kv,
         )

@@ -34,21 +34,40 @@ class PackedLinear(abc.ABC):
     weight_bytes: int
     dtype: torch.dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias: x [num_tokens, in_features] float32 -> [num_tokens, out_features] float32.
 
+        The result lies in the first rows of `out`, float32 [at least num_tokens, out_features], where that is given.
+
         Raises:
-            ValueError: x has another shape or dtype, or is not contiguous.
+            ValueError: x or out has another shape or dtype, or is not contiguous.
         """
         if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(
                 f"linear: x is {describe(x)}, but it must be contiguous float32 [num_tokens, {self.in_features}]"
             )
-        return self.apply(x)
+        rows = x.shape[0]
+        if out is None:
+            y = torch.empty(rows, self.out_features, device=x.device)
+        elif (
+            out.dim() == 2
+            and out.shape[0] >= rows
+            and out.shape[1] == self.out_features
+            and out.dtype == torch.float32
+            and out.is_contiguous()
+        ):
+            y = out[:rows]
+        else:
+            raise ValueError(
+                f"linear: out is {describe(out)}, but it must be contiguous float32 of at least {rows} rows of"
+                f" {self.out_features}"
+            )
+        self.apply(x, y)
+        return y
 
     @abc.abstractmethod
-    def apply(self, x: Tensor) -> Tensor:
-        """`__call__` after its checks."""
+    def apply(self, x: Tensor, y: Tensor) -> None:
+        """`__call__` after its checks: fills y [num_tokens, out_features]."""
 
     @abc.abstractmethod
     def row_lookup(self, tokens: Tensor) -> Tensor:

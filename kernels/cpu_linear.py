@@ -43,14 +43,11 @@ class CpuLinear(PackedLinear):
             self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._is_bf16
         )
 
-    def apply(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        y = torch.empty(rows, self.out_features)
+    def apply(self, x: Tensor, y: Tensor) -> None:
         self._library.mr_linear(
-            x.data_ptr(), self._packed.data_ptr(), self._is_bf16, self._bias.data_ptr(), y.data_ptr(), rows,
+            x.data_ptr(), self._packed.data_ptr(), self._is_bf16, self._bias.data_ptr(), y.data_ptr(), x.shape[0],
             self.out_features, self.in_features, torch.get_num_threads(),
         )  # fmt: skip
-        return y
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         tokens = tokens.contiguous()

@@ -32,16 +32,15 @@ class TorchLinear(PackedLinear):
         self.dtype = weight.dtype
         self.weight_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, y: Tensor) -> None:
         if self.dtype == torch.float32:
-            return F.linear(x, self.weight, self.bias)
-        y = torch.empty(x.shape[0], self.out_features, device=x.device)
-        rows = max(1, _WIDEN_ELEMENTS // self.in_features)
-        for start in range(0, self.out_features, rows):
-            y[:, start : start + rows] = x @ self.weight[start : start + rows].float().t()
+            torch.mm(x, self.weight.t(), out=y)
+        else:
+            rows = max(1, _WIDEN_ELEMENTS // self.in_features)
+            for start in range(0, self.out_features, rows):
+                y[:, start : start + rows] = x @ self.weight[start : start + rows].float().t()
         if self.bias is not None:
             y += self.bias
-        return y
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         return self.weight.index_select(0, tokens).float()

@@ -23,7 +23,7 @@ constexpr long BLOCK_K = 1024;         // k per block
 constexpr long BLOCK_M = 192;          // rows of x per block
 constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
 constexpr long SHARED_PACKING = 1 << 15;  // elements of x from which on the threads share its packing
-constexpr int WIDEN_TILES = 3;         // from so many tiles on, widening a bfloat16 block once pays
+constexpr int WIDEN_TILES = 8;         // from so many tiles on, widening a bfloat16 block once pays
 constexpr long STREAM_AHEAD = 4096;    // bytes fetched ahead in the weight stream
 
 struct Pair {

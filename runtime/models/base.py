@@ -50,6 +50,9 @@ class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
     logits_indices: Tensor  # [num_logits] int64, tokens of the flat batch whose logits are wanted
     max_query_len: int
     max_context_len: int
+    # [at least num_logits, vocab_size] float32 where the model may put the logits: a caller that keeps one for its lane
+    # spares the fresh pages of tens of megabytes in every step.
+    logits_out: Tensor | None = None
 
 
 class Model(Protocol):

@@ -115,7 +115,8 @@ class DecoderModel:
         last = self._layers[-1]
         residual = self._embed(batch.tokens, positions)  # [num_tokens, hidden_size]
         if self._stack is not None:
-            return self._lm_head(self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices))
+            x = self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices)
+            return self._lm_head(x, batch.logits_out)
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.layers[index]
@@ -132,7 +133,7 @@ class DecoderModel:
             x = layer.mlp(x)
             next_norm = self._final_norm if layer is last else self._layers[index + 1].input_norm
             x, residual = next_norm.add(x, residual)
-        return self._lm_head(x)
+        return self._lm_head(x, batch.logits_out)
 
 
 class LayerDecl(Protocol):
