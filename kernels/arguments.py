@@ -111,6 +111,24 @@ class PackArgs(NamedTuple):
     bias: Tensor | None  # [out]
 
 
+class QuantizedWeight(NamedTuple):
+    """A matrix [out, in] as integers: weight = scale * (q - zero), with one scale and zero for each group of inputs."""
+
+    q: Tensor  # [out, in] uint8, 0 .. 2 ** bits - 1
+    scales: Tensor  # [out, in // group_size] float16
+    zeros: Tensor  # [out, in // group_size] uint8
+    bits: int  # 8 or 4
+
+    @property
+    def group_size(self) -> int:
+        return self.q.shape[1] // self.scales.shape[1]
+
+
+class QuantizedArgs(NamedTuple):
+    weight: QuantizedWeight
+    bias: Tensor | None  # [out]
+
+
 class EmbeddingArgs(NamedTuple):
     tokens: Tensor  # [num_tokens] int64
     weight: Tensor  # [vocab, hidden] float32 or bfloat16
@@ -231,6 +249,9 @@ class Backend:
 
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_linear")
+
+    def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
+        return self._lacks("pack_quantized")
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         return self._lacks("pack_decoder")

@@ -21,12 +21,14 @@ from millrace.kernels.arguments import (
     PackArgs,
     PackedDecoder,
     PackedLinear,
+    QuantizedArgs,
     Refusal,
     RopeArgs,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder
 from millrace.kernels.cpu_linear import CpuLinear
+from millrace.kernels.cpu_quantized import CpuQuantized
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -42,6 +44,10 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_write_kv": ([_P, _P, _P, _P, _P, _L, _L, _L, _L], _L),
     "mr_attention": ([_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
     "mr_decoder": ([_P, _P, _P, _P], ctypes.c_int64),
+    "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
+    "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
+    "mr_quantized_rows": ([_P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
+    "mr_quantized_linear": ([_P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
@@ -76,13 +82,20 @@ class CpuBackend(Backend):
             return _elsewhere(args.weight)
         return CpuLinear(self._library, args.weight, args.bias)
 
+    def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
+        if not args.weight.q.is_cpu:
+            return _elsewhere(args.weight.q)
+        if args.weight.group_size % 4:
+            return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
+        return CpuQuantized(self._library, args.weight, args.bias)
+
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         refusal = self._refuse_head_dim(args.head_dim)
         if refusal is not None:
             return refusal
         for layer in args.layers:
             for linear in (layer.qkv, layer.output, layer.up, layer.down):
-                if not isinstance(linear, CpuLinear):
+                if not isinstance(linear, CpuLinear | CpuQuantized):
                     return Refusal(f"a matrix is packed as {type(linear).__name__}")
         return CpuDecoder(self._library, args)
 

@@ -19,6 +19,7 @@ from millrace.kernels.arguments import (
     describe,
 )
 from millrace.kernels.cpu_linear import CpuLinear, MatrixC
+from millrace.kernels.cpu_quantized import CpuQuantized
 
 _P, _L, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -144,5 +145,5 @@ class CpuDecoder(PackedDecoder):
 
 
 def _matrix(linear: PackedLinear) -> MatrixC:
-    assert isinstance(linear, CpuLinear), linear  # the backend has looked
+    assert isinstance(linear, CpuLinear | CpuQuantized), linear  # the backend has looked
     return linear.matrix_c()

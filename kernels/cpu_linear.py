@@ -13,7 +13,7 @@ class MatrixC(ctypes.Structure):
 
     _fields_ = [
         ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("out", ctypes.c_int64), ("in_", ctypes.c_int64),
-        ("bf16", ctypes.c_int64),
+        ("bits", ctypes.c_int64), ("group", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -40,8 +40,9 @@ class CpuLinear(PackedLinear):
     def matrix_c(self) -> MatrixC:
         """The matrix as decoder.cpp knows it; it must not outlive this object."""
         return MatrixC(
-            self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._is_bf16
-        )
+            self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features,
+            16 if self._is_bf16 else 32, 0,
+        )  # fmt: skip
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         self._library.mr_linear(

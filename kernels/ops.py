@@ -30,6 +30,8 @@ from millrace.kernels.arguments import (
     PackArgs,
     PackedDecoder,
     PackedLinear,
+    QuantizedArgs,
+    QuantizedWeight,
     Refusal,
     RopeArgs,
     WriteKvArgs,
@@ -47,6 +49,7 @@ __all__ = [
     "NormWeights",
     "PackedDecoder",
     "PackedLinear",
+    "QuantizedWeight",
     "UnservedError",
     "add_layer_norm",
     "add_rms_norm",
@@ -58,6 +61,7 @@ __all__ = [
     "layer_norm",
     "pack_decoder",
     "pack_linear",
+    "pack_quantized",
     "paged_attention",
     "prepare",
     "rms_norm",
@@ -154,6 +158,31 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, backends: Backend
     if bias is not None:
         _check("pack_linear", "bias", bias, (weight.shape[0],), _WEIGHT)
     packed: PackedLinear = _serve("pack_linear", PackArgs(weight, bias), backends)
+    return packed
+
+
+def pack_quantized(weight: QuantizedWeight, bias: Tensor | None = None, *, backends: Backends = None) -> PackedLinear:
+    """As `pack_linear`, for a matrix of 8 or 4 bits: weight = scale * (q - zero), group by group of its inputs.
+
+    The C++ backend also rounds activations to 8 bits, with a scale for each row and group; torch does not.
+    """
+    op, q = "pack_quantized", weight.q
+    if weight.bits not in (4, 8):
+        raise ValueError(f"{op}: bits is {weight.bits}, but it must be 4 or 8")
+    _check(op, "q", q, ("out", "in"), (torch.uint8,))
+    if 0 in q.shape:
+        raise _refuse(op, "q", q, "of at least one row and one column")
+    _check(op, "scales", weight.scales, (q.shape[0], "groups"), (torch.float16,))
+    groups = weight.scales.shape[1]
+    if not groups or q.shape[1] % groups:
+        raise _refuse(op, "scales", weight.scales, f"of as many columns as groups divide {q.shape[1]} inputs")
+    _check(op, "zeros", weight.zeros, (q.shape[0], groups), (torch.uint8,))
+    largest = max(int(q.max()), int(weight.zeros.max()))
+    if largest >= 1 << weight.bits:
+        raise ValueError(f"{op}: q or zeros reach {largest}, but {weight.bits} bits hold 0 to {(1 << weight.bits) - 1}")
+    if bias is not None:
+        _check(op, "bias", bias, (q.shape[0],), _WEIGHT)
+    packed: PackedLinear = _serve(op, QuantizedArgs(weight, bias), backends)
     return packed
 
 

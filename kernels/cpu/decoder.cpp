@@ -13,7 +13,7 @@ constexpr long MLP_ROWS = 512;   // rows whose intermediates exist at a time
 struct Matrix {
     const void* weight;  // packed
     const float* bias;   // padded
-    int64_t out, in, bf16;
+    int64_t out, in, bits, group;  // 32: float, 16: bfloat, 8 and 4: quantised in groups
 };
 
 struct Norm {
@@ -53,7 +53,11 @@ struct Pass {
     int threads;
 
     void linear(const Matrix& matrix, const float* x, float* y, long rows) const {
-        mr_linear(x, matrix.weight, matrix.bf16, matrix.bias, y, rows, matrix.out, matrix.in, threads);
+        if (matrix.bits >= 16)
+            mr_linear(x, matrix.weight, matrix.bits == 16, matrix.bias, y, rows, matrix.out, matrix.in, threads);
+        else
+            mr_quantized_linear(x, (const uint8_t*)matrix.weight, matrix.bias, y, rows, matrix.out, matrix.in,
+                                matrix.group, matrix.bits, threads);
     }
     // y = norm(x + residual), where residual takes the sum; without a residual y = norm(x).
     void norm(const Norm& norm, const float* x, float* residual, float* y, long rows) const {

@@ -10,10 +10,6 @@
 
 #include <type_traits>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 constexpr int PW = 2 * VL;             // output features per panel
@@ -242,11 +238,7 @@ EXPORT void mr_linear(const float* x, const void* w, int bf16, const float* bias
 // w [n][k] of float32 or bfloat16 -> out [panels][k][PW] of the same; features past n are zero.
 EXPORT void mr_pack(const void* w, int bf16, void* out, long n, long k, int threads) {
     long panels = ceil_div(n, PW);
-#ifdef __linux__
-    // Huge pages save a page walk every 4 KiB of the stream; the request may be ignored.
-    uintptr_t begin = ((uintptr_t)out + 4095) & ~(uintptr_t)4095, size = panels * k * PW * (bf16 ? 2 : 4);
-    if (size > (1 << 21)) madvise((void*)begin, (size - 4096) & ~(uintptr_t)4095, MADV_HUGEPAGE);
-#endif
+    ask_for_huge_pages(out, panels * k * PW * (bf16 ? 2 : 4));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long index = 0; index < panels; index++) {
         for (int j = 0; j < PW; j++) {
