@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
+from millrace.kernels.memory import ask_for_huge_pages
 from millrace.runtime.models.base import ForwardBatch, ModelSpec
 from millrace.runtime.models.declaration import (
     EmbeddingDecl,
@@ -99,6 +100,7 @@ class DecoderModel:
         """Storage for `num_blocks` blocks of BLOCK_SIZE tokens; pages are committed when they are first written."""
         spec = self.spec
         storage = torch.empty(spec.num_layers, 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+        ask_for_huge_pages(storage, 2 * spec.num_layers)
         return PagedKV(storage, tuple((layer[0], layer[1]) for layer in storage))
 
     def copy_blocks(self, kv: PagedKV, source: Tensor, target: Tensor) -> None:
