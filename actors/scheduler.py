@@ -8,6 +8,7 @@ decode are lanes of execution, each with two credits: at most two of its steps a
 import heapq
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 
@@ -128,8 +129,6 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError unless blocks, rows and places are accounted for. For tests, and when idle."""
         self.residency.check([step.copied for steps in self._launched.values() for step in steps])
-        if not self.num_launched:
-            assert not self._rows.inflight.any()
         if not self._requests:
             assert not self.residency.holders(), "a row outlives its request"
             assert self.num_waiting == 0
@@ -235,7 +234,7 @@ class Scheduler:
 
     def _retire(self) -> None:
         """Takes back what no launched step names; those who were preempted wait again, in their old place."""
-        for sequence in self.residency.retire():
+        for sequence in self.residency.retire(chain(*self._launched.values())):
             if sequence.request.paused:
                 self._parked.append(sequence)
             else:
@@ -338,7 +337,6 @@ class Scheduler:
                 drawing = [sequence, *self.residency.fork(sequence)]
             forks.append(drawing)
         step, plan = prefill_plan(self._next_step[Lane.PREFILL], chunks, forks, rows)
-        rows.inflight[step.rows] += 1
         self._take_credit(Lane.PREFILL, step)
         self._prefill.send_nowait(plan)
 
@@ -361,12 +359,11 @@ class Scheduler:
         joined = self._join_batch(updates, copies)
         if not batch:
             return False
-        present = [update for update in updates if batch.get(update[0]) is not None]
+        present = [update for update in updates if batch.get(update[0]) is not None] if updates else updates
         plan = decode_plan(self._next_step[Lane.DECODE], batch, joined, present, copies, rows)
         copied = [source for _, source, _ in copies]
         self._take_credit(Lane.DECODE, Step(batch.rows, batch.sequences, len(batch), None, copied))
         rows.computed[batch.rows] += 1
-        rows.inflight[batch.rows] += 1
         self._decode.send_nowait(plan)
         return True
 
@@ -376,7 +373,14 @@ class Scheduler:
         at_border = self._rows.computed[rows] % BLOCK_SIZE == 0
         if not at_border.any():
             return
-        for row in rows[at_border].tolist():
+        growing = rows[at_border].tolist()
+        if len(growing) <= self.residency.pool.num_free:
+            for row, block in zip(growing, self.residency.pool.allocate(len(growing)), strict=True):
+                table = self._batch[row].table
+                updates.append((row, len(table), [block]))
+                table.append(block)
+            return
+        for row in growing:
             sequence = self._batch.get(row)
             if sequence is None:
                 continue  # preempted by one before it
@@ -449,7 +453,6 @@ class Scheduler:
         step = self._launched[lane].popleft()
         self._credits[lane] += 1
         rows = self._rows
-        rows.inflight[step.rows] -= 1
         self.residency.pool.release(step.copied)
         self.stats.steps[lane] += 1
         # Steps of both lanes may share one processor: a step begins when it was launched and the one before had ended.

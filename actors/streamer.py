@@ -5,6 +5,7 @@ It is the author of stop strings (docs/architecture.md, "One terminal event").
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Iterable
 from itertools import compress
 
@@ -112,7 +113,7 @@ class Streamer:
             stream = self._streams.get(message.rid)
             if stream is not None:
                 stream.mailbox.cached_tokens = message.cached_tokens
-                self._metrics.queue_time.observe([message.at - stream.arrived])
+                self._metrics.queue_time.observe(message.at - stream.arrived)
         else:
             self._close(message)
 
@@ -147,8 +148,7 @@ class Streamer:
         logprobs = {} if sampled.logprobs is None else self._logprobs(sampled.logprobs, sampled)
         stop_ids = {end.index for end in sampled.finished if end.stop_id is not None}
         now = self._world.now()
-        first_waits: list[float] = []
-        waits: list[float] = []
+        since: list[float] = []  # when the token before was delivered: to nearly all of them in the same step
         tokens = sampled.tokens.tolist()
         columns: list[Iterable[int]] = [range(len(sampled.seqs)), sampled.seqs, sampled.positions.tolist()]
         if len(tokens) < len(sampled.seqs):
@@ -162,14 +162,14 @@ class Streamer:
             if position != choice.num_tokens:
                 raise AssertionError(f"token {position} came after {choice.num_tokens} tokens")
             if position:
-                waits.append(now - choice.last_at)
+                since.append(choice.last_at)
             else:
-                first_waits.append(now - choice.stream.arrived)
+                self._metrics.time_to_first_token.observe(now - choice.stream.arrived)
             choice.num_tokens = position + 1
             choice.last_at = now
             # The id that ends a text is no part of it, unless its owner asked to see where it stopped.
             hidden = stop_ids and place in stop_ids and not choice.stream.sampling.include_stop
-            text = "" if hidden else choice.detokenizer.push((token,))
+            text = "" if hidden else choice.detokenizer.push_one(token)
             mailbox = choice.mailbox
             touched[mailbox] = None
             if choice.stops is None:
@@ -177,8 +177,8 @@ class Streamer:
             else:
                 self._push_with_stops(seq, choice, text, token, logprobs.get(place))
         self._metrics.tokens_generated.inc(len(tokens))
-        self._metrics.inter_token.observe(waits)
-        self._metrics.time_to_first_token.observe(first_waits)
+        for last_at, count in Counter(since).items():
+            self._metrics.inter_token.observe(now - last_at, count)
 
     def _push_with_stops(
         self, seq: SequenceId, choice: _Choice, text: str, token: int, logprob: TokenLogprob | None

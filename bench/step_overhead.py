@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 from stream_cost import measure as stream_cost
+from stream_cost import measure_floor
 
 from millrace.runtime import engine as engine_module
 from millrace.runtime.config import load_config
@@ -186,12 +187,16 @@ def main() -> int:
         )
     console.print(table)
     table = Table(title="CPU of the server process per streamed token, microseconds")
-    for column in ("streams", "steps", "per token"):
+    for column in ("streams", "steps", "tokens share writes within", "per token", "a bare send"):
         table.add_column(column, justify="right")
-    streaming = [uvloop.run(stream_cost(64, 400, step_ms)) for step_ms in (0, 8)]
-    for cost in streaming:
-        steps = f"{cost['step_ms']:g} ms apart" if cost["step_ms"] else "without a break"
-        table.add_row(f"{cost['streams']}", steps, f"{cost['us_cpu_per_token']:.1f}")
+    streaming = []
+    for step_ms, flush_ms in ((0, 0), (0, 5), (8, 5)):
+        cost = uvloop.run(stream_cost(64, 400, step_ms, flush_ms))
+        cost["us_cpu_per_send"] = measure_floor(64, 400, step_ms)
+        streaming.append(cost)
+        steps = f"{step_ms} ms apart" if step_ms else "without a break"
+        share = f"{flush_ms} ms" if flush_ms else "never"
+        table.add_row("64", steps, share, f"{cost['us_cpu_per_token']:.1f}", f"{cost['us_cpu_per_send']:.1f}")
     console.print(table)
     loop_ns = python_loop_ns()
     console.print(f"this machine now: {loop_ns:.0f} ns for one turn of an empty Python loop")

@@ -1,17 +1,21 @@
 """What a streamed token costs the server: CPU time of one process over an engine that costs nothing.
 
-    python bench/stream_cost.py [--streams 64] [--step-ms 0 8] [--flush-ms 5]
+    python bench/stream_cost.py [--streams 64] [--step-ms 0 8] [--flush-ms 0 5]
 
-A step gives each stream one token, as a decode step does: either one step after the other without a break, so that
-tokens of several steps share a write (server.flush_interval_ms), or some milliseconds apart, so that every token is a
-write. Mailbox pushes and notifications are counted too, because a server cannot stream without them. The client is
-another process, which reads raw bytes and parses nothing. The figure is the server process's CPU time (user and
-system) from the first step to the last, divided by the tokens.
+A step gives each stream one token, as a decode step does: one step after the other without a break, or some
+milliseconds apart. With --flush-ms 0 every token is a write of its own; otherwise tokens that come within
+server.flush_interval_ms share one. The floor beside it is a bare `socket.send` of as many bytes in the same rhythm:
+with pauses between the steps most of it is the waking of the reader and of the processor itself. Mailbox pushes and
+notifications are counted too, because a server cannot stream without them. The client is another process, which reads
+raw bytes and parses nothing. The figure is the server process's CPU time (user and system) from the first step to the
+last, divided by the tokens.
 """
 
 import argparse
 import asyncio
 import json
+import socket
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -95,6 +99,40 @@ while streams:
 """
 
 
+FLOOR_CLIENT = """
+import selectors, socket, sys
+port, streams = int(sys.argv[1]), int(sys.argv[2])
+select = selectors.DefaultSelector()
+for _ in range(streams):
+    select.register(socket.create_connection(("127.0.0.1", port)), selectors.EVENT_READ)
+while streams:
+    for key, _ in select.select():
+        if not key.fileobj.recv(1 << 18):
+            select.unregister(key.fileobj)
+            streams -= 1
+"""
+
+
+def measure_floor(streams: int, tokens: int, step_ms: float, chunk_bytes: int = 250) -> float:
+    """CPU microseconds of a bare `socket.send` per token to readers in another process, one send per token."""
+    with socket.create_server(("127.0.0.1", 0), backlog=streams) as listener:
+        port = listener.getsockname()[1]
+        client = subprocess.Popen([sys.executable, "-c", FLOOR_CLIENT, str(port), str(streams)])
+        sockets = [listener.accept()[0] for _ in range(streams)]
+    chunk = b"x" * chunk_bytes
+    cpu = time.process_time()
+    for _ in range(tokens):
+        for sock in sockets:
+            sock.send(chunk)
+        if step_ms:
+            time.sleep(step_ms / 1000)
+    cost = (time.process_time() - cpu) / (streams * tokens)
+    for sock in sockets:
+        sock.close()
+    client.wait(timeout=60)
+    return cost * 1e6
+
+
 async def measure(streams: int, tokens: int, step_ms: float, flush_ms: float = 5.0) -> dict[str, float]:
     """CPU microseconds of the server process per token."""
     engine = Engine(streams, tokens, step_ms / 1000, flush_ms)
@@ -124,11 +162,16 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=1000, help="per stream")
     parser.add_argument("--step-ms", type=float, nargs="+", default=[0, 8], help="pause between two steps")
-    parser.add_argument("--flush-ms", type=float, default=5.0, help="server.flush_interval_ms; 0: a write per token")
+    parser.add_argument(
+        "--flush-ms", type=float, nargs="+", default=[0, 5], help="server.flush_interval_ms; 0: a write per token"
+    )
     args = parser.parse_args()
     for step_ms in args.step_ms:
         for streams in args.streams:
-            print(json.dumps(uvloop.run(measure(streams, args.tokens, step_ms, args.flush_ms))), flush=True)
+            for flush_ms in args.flush_ms:
+                print(json.dumps(uvloop.run(measure(streams, args.tokens, step_ms, flush_ms))), flush=True)
+            floor = measure_floor(streams, args.tokens, step_ms)
+            print(json.dumps({"streams": streams, "step_ms": step_ms, "us_cpu_per_send": round(floor, 2)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,22 +36,41 @@ class PackedLinear(abc.ABC):
     dtype: torch.dtype
     activation: torch.dtype = torch.float32
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias: x [num_tokens, in_features] -> [num_tokens, out_features], both of `activation`.
 
+        The result lies in the first rows of `out`, [at least num_tokens, out_features], where that is given.
+
         Raises:
-            ValueError: x has another shape or dtype, or is not contiguous.
+            ValueError: x or out has another shape or dtype, or is not contiguous.
         """
         if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype != self.activation or not x.is_contiguous():
             raise ValueError(
                 f"linear: x is {describe(x)}, but it must be contiguous {_name(self.activation)}"
                 f" [num_tokens, {self.in_features}]"
             )
-        return self.apply(x)
+        rows = x.shape[0]
+        if out is None:
+            y = torch.empty(rows, self.out_features, dtype=self.activation, device=x.device)
+        elif (
+            out.dim() == 2
+            and out.shape[0] >= rows
+            and out.shape[1] == self.out_features
+            and out.dtype == self.activation
+            and out.is_contiguous()
+        ):
+            y = out[:rows]
+        else:
+            raise ValueError(
+                f"linear: out is {describe(out)}, but it must be contiguous {_name(self.activation)} of at least {rows}"
+                f" rows of {self.out_features}"
+            )
+        self.apply(x, y)
+        return y
 
     @abc.abstractmethod
-    def apply(self, x: Tensor) -> Tensor:
-        """`__call__` after its checks."""
+    def apply(self, x: Tensor, y: Tensor) -> None:
+        """`__call__` after its checks: fills y [num_tokens, out_features]."""
 
     @abc.abstractmethod
     def row_lookup(self, tokens: Tensor) -> Tensor:
@@ -101,6 +120,24 @@ class PackArgs(NamedTuple):
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
     activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
+
+
+class QuantizedWeight(NamedTuple):
+    """A matrix [out, in] as integers: weight = scale * (q - zero), with one scale and zero for each group of inputs."""
+
+    q: Tensor  # [out, in] uint8, 0 .. 2 ** bits - 1
+    scales: Tensor  # [out, in // group_size] float16
+    zeros: Tensor  # [out, in // group_size] uint8
+    bits: int  # 8 or 4
+
+    @property
+    def group_size(self) -> int:
+        return self.q.shape[1] // self.scales.shape[1]
+
+
+class QuantizedArgs(NamedTuple):
+    weight: QuantizedWeight
+    bias: Tensor | None  # [out]
 
 
 class EmbeddingArgs(NamedTuple):
@@ -171,6 +208,66 @@ class AttentionArgs(NamedTuple):
     kv_scales: Tensor | None = None  # as RopeKvArgs.kv_scales
 
 
+class NormWeights(NamedTuple):
+    """An RMS norm, or with a bias a layer norm."""
+
+    weight: Tensor  # [width]
+    bias: Tensor | None
+    eps: float
+
+
+class DecoderLayerArgs(NamedTuple):
+    """One pre-norm layer, in the order in which it computes."""
+
+    input_norm: NormWeights
+    qkv: PackedLinear  # -> [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    q_norm: NormWeights | None  # over head_dim, before the rotation
+    k_norm: NormWeights | None
+    output: PackedLinear
+    post_attention_norm: NormWeights
+    up: PackedLinear  # gate and up side by side where the MLP is gated
+    down: PackedLinear
+    scale: float
+    window: int | None
+
+
+class DecoderArgs(NamedTuple):
+    layers: tuple[DecoderLayerArgs, ...]
+    final_norm: NormWeights
+    cos_sin: Tensor | None  # [max_positions, rotary_dim] float32; None: positions are in the embedding
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    is_gated: bool  # silu(gate) * up; otherwise the tanh form of GELU
+
+
+class PackedDecoder(abc.ABC):
+    """All layers of a decoder as one call; made by `ops.pack_decoder`."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        residual: Tensor,
+        kv_storage: Tensor,
+        batch: AttentionBatch,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        logits_indices: Tensor,
+    ) -> Tensor:
+        """Writes keys and values of all tokens; returns what the output matrix multiplies, [num_logits, hidden].
+
+        Args:
+            residual: embeddings [num_tokens, hidden] float32; used up.
+            kv_storage: [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32.
+            positions, slot_mapping: [num_tokens] int64.
+            logits_indices: [num_logits] int64, tokens whose output is wanted.
+
+        Raises:
+            ValueError: an argument has another shape or dtype.
+            IndexError: a position, slot, block or token is outside of what there is.
+        """
+
+
 class CopyBlocksArgs(NamedTuple):
     kv_storage: Tensor  # [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     source: Tensor  # [num_copies] int64, on the host
@@ -191,6 +288,12 @@ class Backend:
 
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_linear")
+
+    def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
+        return self._lacks("pack_quantized")
+
+    def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
+        return self._lacks("pack_decoder")
 
     def embedding(self, args: EmbeddingArgs) -> Tensor | Refusal:
         return self._lacks("embedding")

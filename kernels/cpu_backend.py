@@ -16,13 +16,19 @@ from millrace.kernels.arguments import (
     ActivationArgs,
     AttentionArgs,
     Backend,
+    DecoderArgs,
     NormArgs,
     PackArgs,
+    PackedDecoder,
     PackedLinear,
+    QuantizedArgs,
     Refusal,
     RopeArgs,
     WriteKvArgs,
 )
+from millrace.kernels.cpu_decoder import CpuDecoder
+from millrace.kernels.cpu_linear import CpuLinear
+from millrace.kernels.cpu_quantized import CpuQuantized
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -36,7 +42,12 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_gelu_tanh": ([_P, _P, _L, _I], None),
     "mr_rope": ([_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _I], _L),
     "mr_write_kv": ([_P, _P, _P, _P, _P, _L, _L, _L, _L], _L),
-    "mr_attention": ([_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
+    "mr_attention": ([_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
+    "mr_decoder": ([_P, _P, _P, _P], ctypes.c_int64),
+    "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
+    "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
+    "mr_quantized_rows": ([_P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
+    "mr_quantized_linear": ([_P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
@@ -58,47 +69,6 @@ def load_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-class CpuLinear(PackedLinear):
-    """A weight copied into panels of `mr_panel_width` output features (see linear.cpp); the original is not kept."""
-
-    def __init__(self, library: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
-        self._library = library
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        self._is_bf16 = int(weight.dtype == torch.bfloat16)
-        width = library.mr_panel_width()
-        padded = -(-self.out_features // width) * width
-        self._packed = torch.empty(padded * self.in_features, dtype=weight.dtype)
-        self._bias = torch.zeros(padded)
-        if bias is not None:
-            self._bias[: self.out_features] = bias
-        library.mr_pack(
-            weight.data_ptr(), self._is_bf16, self._packed.data_ptr(), self.out_features, self.in_features,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        self.weight_bytes = self._packed.nbytes + self._bias.nbytes
-
-    def apply(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        y = torch.empty(rows, self.out_features)
-        self._library.mr_linear(
-            x.data_ptr(), self._packed.data_ptr(), self._is_bf16, self._bias.data_ptr(), y.data_ptr(), rows,
-            self.out_features, self.in_features, torch.get_num_threads(),
-        )  # fmt: skip
-        return y
-
-    def row_lookup(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.contiguous()
-        y = torch.empty(tokens.shape[0], self.in_features)
-        bad = self._library.mr_unpack_rows(
-            self._packed.data_ptr(), self._is_bf16, tokens.data_ptr(), y.data_ptr(), tokens.shape[0],
-            self.out_features, self.in_features,
-        )  # fmt: skip
-        if bad:
-            raise IndexError(f"row_lookup: token {int(tokens[bad - 1])} is outside the table of {self.out_features}")
-        return y
-
-
 class CpuBackend(Backend):
     name = "cpu"
 
@@ -113,6 +83,23 @@ class CpuBackend(Backend):
         if args.activation != torch.float32 or args.weight.dtype not in (torch.float32, torch.bfloat16):
             return Refusal(f"it has no product of {args.activation} by {args.weight.dtype}")
         return CpuLinear(self._library, args.weight, args.bias)
+
+    def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
+        if not args.weight.q.is_cpu:
+            return _elsewhere(args.weight.q)
+        if args.weight.group_size % 4:
+            return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
+        return CpuQuantized(self._library, args.weight, args.bias)
+
+    def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
+        refusal = self._refuse_head_dim(args.head_dim)
+        if refusal is not None:
+            return refusal
+        for layer in args.layers:
+            for linear in (layer.qkv, layer.output, layer.up, layer.down):
+                if not isinstance(linear, CpuLinear | CpuQuantized):
+                    return Refusal(f"a matrix is packed as {type(linear).__name__}")
+        return CpuDecoder(self._library, args)
 
     def rms_norm(self, args: NormArgs) -> Tensor | Refusal:
         x, residual = args.x, args.residual
@@ -189,14 +176,15 @@ class CpuBackend(Backend):
         if args.kv_scales is not None:
             return Refusal(f"it reads no pool of {cache.dtype}")
         head_dim = q.shape[2]
-        if head_dim % self._dim_step or head_dim > self._max_dim:
-            return Refusal(f"head_dim {head_dim} is not a multiple of {self._dim_step} up to {self._max_dim}")
+        refusal = self._refuse_head_dim(head_dim)
+        if refusal is not None:
+            return refusal
         out = torch.empty_like(q)
         bad = self._library.mr_attention(
             q.data_ptr(), cache.data_ptr(), args.v_cache.data_ptr(), batch.query_starts.data_ptr(),
             batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), out.data_ptr(), batch.num_seqs,
-            batch.block_tables.shape[1], cache.shape[0], q.shape[1], cache.shape[1], head_dim, args.window or 0,
-            args.scale, torch.get_num_threads(),
+            batch.block_tables.shape[1], cache.shape[0], q.shape[1], cache.shape[1], head_dim,
+            q.stride(0), args.window or 0, args.scale, torch.get_num_threads(),
         )  # fmt: skip
         if bad:
             raise IndexError(
@@ -204,6 +192,11 @@ class CpuBackend(Backend):
                 f" {cache.shape[0]} blocks"
             )
         return out
+
+    def _refuse_head_dim(self, head_dim: int) -> Refusal | None:
+        if head_dim % self._dim_step or head_dim > self._max_dim:
+            return Refusal(f"head_dim {head_dim} is not a multiple of {self._dim_step} up to {self._max_dim}")
+        return None
 
 
 def _serves(tensor: Tensor) -> bool:

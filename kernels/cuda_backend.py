@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterator
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_sampling
@@ -43,8 +42,11 @@ class CudaLinear(PackedLinear):
         self.weight_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
         self._backend = backend
 
-    def apply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def apply(self, x: Tensor, y: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=y)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=y)
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         found = self._backend.embedding(EmbeddingArgs(tokens, self.weight, self.dtype))
@@ -152,10 +154,11 @@ class CudaBackend(Backend):
             cos_sin=args.cos_sin,
             positions=None if args.cos_sin is None else args.positions,
             kv_scales=args.kv_scales,
+            out=qkv.new_empty(qkv.shape[0], args.num_heads * head_dim),
             launcher=self._launcher,
             stream=self._stream(),
         )
-        return q.view(qkv.shape[0], args.num_heads, head_dim).contiguous()
+        return q.view(qkv.shape[0], args.num_heads, head_dim)
 
     def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
         q, batch = args.q, args.batch

@@ -8,10 +8,7 @@ or layout: kernels compute addresses from shapes alone.
 `backends` (last argument of each front) replaces the default list, which `default_backends()` gives.
 """
 
-import functools
-import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,27 +18,35 @@ from millrace.kernels.arguments import (
     ActivationArgs,
     AttentionArgs,
     AttentionBatch,
-    Backend,
     CopyBlocksArgs,
+    DecoderArgs,
+    DecoderLayerArgs,
     EmbeddingArgs,
     NormArgs,
+    NormWeights,
     PackArgs,
+    PackedDecoder,
     PackedLinear,
+    QuantizedArgs,
+    QuantizedWeight,
     Refusal,
     RopeArgs,
     RopeKvArgs,
     WriteKvArgs,
     describe,
 )
-from millrace.kernels.cpu_backend import CpuBackend, load_library
-from millrace.kernels.cpu_build import BuildError, Toolchain, build_library, find_library
-from millrace.kernels.torch_backend import TorchBackend
+from millrace.kernels.dispatch import Backends, UnservedError, default_backends, prepare, serve
 
 __all__ = [
     "BLOCK_SIZE",
     "AttentionBatch",
     "Backends",
+    "DecoderArgs",
+    "DecoderLayerArgs",
+    "NormWeights",
+    "PackedDecoder",
     "PackedLinear",
+    "QuantizedWeight",
     "UnservedError",
     "add_layer_norm",
     "add_rms_norm",
@@ -51,7 +56,9 @@ __all__ = [
     "embedding",
     "gelu_tanh",
     "layer_norm",
+    "pack_decoder",
     "pack_linear",
+    "pack_quantized",
     "paged_attention",
     "prepare",
     "rms_norm",
@@ -60,57 +67,6 @@ __all__ = [
     "silu_mul",
     "write_kv",
 ]
-
-_log = logging.getLogger(__name__)
-
-Backends = Sequence[Backend] | None
-
-
-class UnservedError(RuntimeError):
-    """No backend serves an op for these arguments; the message gives every backend's reason."""
-
-
-@functools.cache
-def default_backends() -> tuple[Backend, ...]:
-    """Backends of this process, the preferred one first. A C++ library is used if it is built already; this never
-    builds one (see `prepare`)."""
-    try:
-        path = find_library(Toolchain())
-        if path is None:
-            reason = "the C++ kernels are not built; `millrace.kernels.ops.prepare()` builds them"
-        else:
-            return (CpuBackend(load_library(path)), TorchBackend())
-    except (OSError, AttributeError) as error:
-        reason = f"the C++ kernels cannot be loaded: {error}"
-    _log.info("CPU ops run in torch: %s", reason)
-    return (TorchBackend(),)
-
-
-def prepare() -> str:
-    """Builds the C++ kernels if they are not cached, and puts them first in the default list; call it before weights
-    are packed. Takes some seconds the first time on a machine, milliseconds afterwards; fit for a thread.
-
-    Returns:
-        A sentence for the start-up log: which library serves, or why torch does.
-    """
-    try:
-        path = build_library(Toolchain())
-    except BuildError as error:
-        _log.warning("CPU ops run in torch: %s", error)
-        return f"CPU ops run in torch: {error}"
-    default_backends.cache_clear()
-    names = ", then ".join(backend.name for backend in default_backends())
-    return f"CPU ops run in {names}; library {path}"
-
-
-def _serve(op: str, args: Any, backends: Backends) -> Any:
-    refusals = []
-    for backend in default_backends() if backends is None else backends:
-        result = getattr(backend, op)(args)
-        if not isinstance(result, Refusal):
-            return result
-        refusals.append(f"{backend.name}: {result.reason}")
-    raise UnservedError(f"no backend serves {op}: " + "; ".join(refusals or ["the list of backends is empty"]))
 
 
 def _refuse(op: str, name: str, tensor: Tensor, wanted: str) -> ValueError:
@@ -155,8 +111,42 @@ def pack_linear(
         raise _refuse("pack_linear", "weight", weight, "of at least one row and one column")
     if bias is not None:
         _check("pack_linear", "bias", bias, (weight.shape[0],), _WEIGHT)
-    packed: PackedLinear = _serve("pack_linear", PackArgs(weight, bias, activation), backends)
+    packed: PackedLinear = serve("pack_linear", PackArgs(weight, bias, activation), backends)
     return packed
+
+
+def pack_quantized(weight: QuantizedWeight, bias: Tensor | None = None, *, backends: Backends = None) -> PackedLinear:
+    """As `pack_linear`, for a matrix of 8 or 4 bits: weight = scale * (q - zero), group by group of its inputs.
+
+    The C++ backend also rounds activations to 8 bits, with a scale for each row and group; torch does not.
+    """
+    op, q = "pack_quantized", weight.q
+    if weight.bits not in (4, 8):
+        raise ValueError(f"{op}: bits is {weight.bits}, but it must be 4 or 8")
+    _check(op, "q", q, ("out", "in"), (torch.uint8,))
+    if 0 in q.shape:
+        raise _refuse(op, "q", q, "of at least one row and one column")
+    _check(op, "scales", weight.scales, (q.shape[0], "groups"), (torch.float16,))
+    groups = weight.scales.shape[1]
+    if not groups or q.shape[1] % groups:
+        raise _refuse(op, "scales", weight.scales, f"of as many columns as groups divide {q.shape[1]} inputs")
+    _check(op, "zeros", weight.zeros, (q.shape[0], groups), (torch.uint8,))
+    largest = max(int(q.max()), int(weight.zeros.max()))
+    if largest >= 1 << weight.bits:
+        raise ValueError(f"{op}: q or zeros reach {largest}, but {weight.bits} bits hold 0 to {(1 << weight.bits) - 1}")
+    if bias is not None:
+        _check(op, "bias", bias, (q.shape[0],), _WEIGHT)
+    packed: PackedLinear = serve(op, QuantizedArgs(weight, bias), backends)
+    return packed
+
+
+def pack_decoder(args: DecoderArgs, *, backends: Backends = None) -> PackedDecoder | None:
+    """All layers as one call, with the same result as the ops one by one; None where no backend has that."""
+    for backend in default_backends() if backends is None else backends:
+        packed = backend.pack_decoder(args)
+        if not isinstance(packed, Refusal):
+            return packed
+    return None
 
 
 def embedding(
@@ -165,7 +155,7 @@ def embedding(
     """Rows of a table: tokens [num_tokens] int64, weight [vocab, hidden] -> [num_tokens, hidden] of type `dtype`."""
     _check("embedding", "tokens", tokens, ("num_tokens",), _LONG)
     _check("embedding", "weight", weight, ("vocab", "hidden"), _WEIGHT)
-    y: Tensor = _serve("embedding", EmbeddingArgs(tokens, weight, dtype), backends)
+    y: Tensor = serve("embedding", EmbeddingArgs(tokens, weight, dtype), backends)
     return y
 
 
@@ -184,7 +174,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backends: Backends = None
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019); x [..., hidden]."""
     args = NormArgs(x, weight, eps)
     _check_norm("rms_norm", args)
-    y: Tensor = _serve("rms_norm", args, backends)
+    y: Tensor = serve("rms_norm", args, backends)
     return y
 
 
@@ -194,14 +184,14 @@ def add_rms_norm(
     """(rms_norm(x + residual), x + residual); the sum is written in place into `residual`, which is returned."""
     args = NormArgs(x, weight, eps, residual=residual)
     _check_norm("add_rms_norm", args)
-    return _serve("rms_norm", args, backends), residual
+    return serve("rms_norm", args, backends), residual
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backends: Backends = None) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016); x [..., hidden]."""
     args = NormArgs(x, weight, eps, bias=bias)
     _check_norm("layer_norm", args)
-    y: Tensor = _serve("layer_norm", args, backends)
+    y: Tensor = serve("layer_norm", args, backends)
     return y
 
 
@@ -211,7 +201,7 @@ def add_layer_norm(
     """(layer_norm(x + residual), x + residual); the sum is written in place into `residual`, which is returned."""
     args = NormArgs(x, weight, eps, bias=bias, residual=residual)
     _check_norm("add_layer_norm", args)
-    return _serve("layer_norm", args, backends), residual
+    return serve("layer_norm", args, backends), residual
 
 
 def silu_mul(gate_up: Tensor, *, backends: Backends = None) -> Tensor:
@@ -219,7 +209,7 @@ def silu_mul(gate_up: Tensor, *, backends: Backends = None) -> Tensor:
     _check("silu_mul", "gate_up", gate_up, ("num_tokens", "2 * width"), _ACTIVATION)
     if gate_up.shape[1] % 2:
         raise _refuse("silu_mul", "gate_up", gate_up, "of an even width: gate, then up")
-    y: Tensor = _serve("silu_mul", ActivationArgs(gate_up), backends)
+    y: Tensor = serve("silu_mul", ActivationArgs(gate_up), backends)
     return y
 
 
@@ -227,7 +217,7 @@ def gelu_tanh(x: Tensor, *, backends: Backends = None) -> Tensor:
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) elementwise (Hendrycks & Gimpel 2016)."""
     if x.dtype not in _ACTIVATION or not x.is_contiguous():
         raise _refuse("gelu_tanh", "x", x, "contiguous float32, bfloat16 or float16")
-    y: Tensor = _serve("gelu_tanh", ActivationArgs(x), backends)
+    y: Tensor = serve("gelu_tanh", ActivationArgs(x), backends)
     return y
 
 
@@ -242,7 +232,7 @@ def rope_(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, *, backends:
     _check("rope_", "cos_sin", cos_sin, ("max_positions", "rotary_dim"), _FLOAT)
     _check("rope_", "positions", positions, (q.shape[0],), _LONG)
     _check_rotary_dim("rope_", cos_sin, q.shape[2])
-    _serve("rope", RopeArgs(q, k, cos_sin, positions), backends)
+    serve("rope", RopeArgs(q, k, cos_sin, positions), backends)
 
 
 def _check_rotary_dim(op: str, cos_sin: Tensor, head_dim: int) -> None:
@@ -278,7 +268,7 @@ def write_kv(
     _check("write_kv", "v", v, tuple(k.shape), (k.dtype,))
     _check_cache("write_kv", k_cache, v_cache, k.shape[1], k.shape[2], k.dtype)
     _check("write_kv", "slot_mapping", slot_mapping, (k.shape[0],), _LONG)
-    _serve("write_kv", WriteKvArgs(k, v, k_cache, v_cache, slot_mapping), backends)
+    serve("write_kv", WriteKvArgs(k, v, k_cache, v_cache, slot_mapping), backends)
 
 
 def rope_kv(
@@ -332,7 +322,7 @@ def rope_kv(
             _check(op, name, norm, (head_dim,), _WEIGHT)
     args = RopeKvArgs(qkv, num_heads, kv_cache, positions, slot_mapping, cos_sin, q_norm, k_norm, eps, kv_scales)
     if kv_scales is not None:
-        served: Tensor = _serve(op, args, backends)
+        served: Tensor = serve(op, args, backends)
         return served
     for backend in default_backends() if backends is None else backends:
         y = backend.rope_kv(args)
@@ -440,7 +430,7 @@ def paged_attention(
         raise _refuse("paged_attention", "q", q, f"of num_heads divisible by num_kv_heads {k_cache.shape[1]}")
     if window is not None and window < 1:
         raise ValueError(f"paged_attention: window is {window}, but it must be None or at least 1")
-    y: Tensor = _serve("paged_attention", AttentionArgs(q, k_cache, v_cache, batch, scale, window, kv_scales), backends)
+    y: Tensor = serve("paged_attention", AttentionArgs(q, k_cache, v_cache, batch, scale, window, kv_scales), backends)
     return y
 
 
@@ -463,4 +453,4 @@ def copy_blocks(
         _check("copy_blocks", "kv_scales", kv_scales, tuple(kv_storage.shape[:-1]), _FLOAT)
     _check("copy_blocks", "source", source, ("num_copies",), _LONG)
     _check("copy_blocks", "target", target, tuple(source.shape), _LONG)
-    _serve("copy_blocks", CopyBlocksArgs(kv_storage, source, target, kv_scales), backends)
+    serve("copy_blocks", CopyBlocksArgs(kv_storage, source, target, kv_scales), backends)

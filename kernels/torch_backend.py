@@ -15,6 +15,8 @@ from millrace.kernels.arguments import (
     NormArgs,
     PackArgs,
     PackedLinear,
+    QuantizedArgs,
+    QuantizedWeight,
     Refusal,
     RopeArgs,
     WriteKvArgs,
@@ -35,23 +37,59 @@ class TorchLinear(PackedLinear):
         self.dtype = weight.dtype
         self.weight_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Tensor, y: Tensor) -> None:
         if self.dtype == self.activation:
-            return F.linear(x, self.weight, self.bias)
-        y = torch.empty(x.shape[0], self.out_features, dtype=self.activation, device=x.device)
-        rows = max(1, _WIDEN_ELEMENTS // self.in_features)
-        for start in range(0, self.out_features, rows):
-            y[:, start : start + rows] = x @ self.weight[start : start + rows].to(self.activation).t()
+            torch.mm(x, self.weight.t(), out=y)
+        else:
+            rows = max(1, _WIDEN_ELEMENTS // self.in_features)
+            for start in range(0, self.out_features, rows):
+                y[:, start : start + rows] = x @ self.weight[start : start + rows].to(self.activation).t()
         if self.bias is not None:
             y += self.bias
-        return y
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         return self.weight.index_select(0, tokens).to(self.activation)
 
 
+class TorchQuantized(PackedLinear):
+    """Keeps the integers, 4-bit ones two to a byte, and widens them slice by slice at each call."""
+
+    dtype = torch.uint8
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        q = weight.q
+        self.out_features, self.in_features = q.shape
+        self._is_paired = weight.bits == 4 and self.in_features % 2 == 0
+        self._q = q[:, 0::2] | q[:, 1::2] << 4 if self._is_paired else q
+        self._scales, self._zeros, self._group = weight.scales, weight.zeros, weight.group_size
+        self._bias = None if bias is None else bias.float()
+        kept = (self._q, self._scales, self._zeros, *(() if self._bias is None else (self._bias,)))
+        self.weight_bytes = sum(tensor.nbytes for tensor in kept)
+
+    def _widened(self, q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """[rows, in_features] float32."""
+        if self._is_paired:
+            q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
+        grouped = q.float().view(*scales.shape, self._group)
+        return ((grouped - zeros[:, :, None]) * scales[:, :, None].float()).flatten(1)
+
+    def apply(self, x: Tensor, y: Tensor) -> None:
+        rows = max(1, _WIDEN_ELEMENTS // self.in_features)
+        for start in range(0, self.out_features, rows):
+            part = slice(start, start + rows)
+            y[:, part] = x @ self._widened(self._q[part], self._scales[part], self._zeros[part]).t()
+        if self._bias is not None:
+            y += self._bias
+
+    def row_lookup(self, tokens: Tensor) -> Tensor:
+        return self._widened(*(kept.index_select(0, tokens) for kept in (self._q, self._scales, self._zeros)))
+
+
 class TorchBackend(Backend):
     name = "torch"
+
+    def pack_quantized(self, args: QuantizedArgs) -> PackedLinear:
+        return TorchQuantized(args.weight, args.bias)
 
     def pack_linear(self, args: PackArgs) -> PackedLinear:
         return TorchLinear(args.weight, args.bias, args.activation)

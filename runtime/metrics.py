@@ -1,12 +1,13 @@
 """Prometheus metrics of one runtime, in a registry of its own so that two runtimes in one process stay apart.
 
-Histograms that hear of every token take a step's observations at once: one numpy call instead of a lock per token.
+What hears of every token is written on one loop and takes no lock.
 Gauges are read from their owners when somebody scrapes.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
@@ -35,28 +36,37 @@ TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
 class StepHistogram:
-    """A Prometheus histogram without labels that takes many observations in one call. Written on one loop."""
+    """A Prometheus histogram without labels, written on one loop; equal observations of a step are one call."""
 
     def __init__(self, name: str, documentation: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         self._name = name
         self._documentation = documentation
-        self._bounds = np.array(bounds, dtype=np.float64)
-        self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self._bounds = list(bounds)
+        self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
         registry.register(self)
 
-    def observe(self, values: Sequence[float]) -> None:
-        if values:
-            places = np.searchsorted(self._bounds, values, side="left")
-            self._counts += np.bincount(places, minlength=len(self._counts))
-            self._sum += sum(values)
+    def observe(self, value: float, count: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
 
     def collect(self) -> Iterable[Metric]:
-        cumulated = np.cumsum(self._counts).tolist()
-        names = [f"{bound:g}" for bound in self._bounds] + ["+Inf"]
+        cumulated = accumulate(self._counts)
+        names = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
         family = HistogramMetricFamily(self._name, self._documentation)
         family.add_metric([], buckets=list(zip(names, cumulated, strict=True)), sum_value=self._sum)
         yield family
+
+
+class Tally:
+    """A Prometheus counter written on one loop, so without the lock of `Counter`."""
+
+    def __init__(self, name: str, documentation: str, registry: CollectorRegistry) -> None:
+        self._count = 0
+        registry.register(_ReadCounter(name, documentation, lambda: self._count))
+
+    def inc(self, count: int) -> None:
+        self._count += count
 
 
 class _ReadCounter:
@@ -75,7 +85,7 @@ class Metrics:
         self.requests = Counter(
             "millrace_requests", "Requests by the way they ended", ["finish_reason"], registry=registry
         )
-        self.tokens_generated = Counter("millrace_tokens_generated", "Tokens drawn", registry=registry)
+        self.tokens_generated = Tally("millrace_tokens_generated", "Tokens drawn", registry)
         self.prompt_tokens = Counter("millrace_prompt_tokens", "Prompt tokens of ended requests", registry=registry)
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Admission to first token")
         self.inter_token = self._histogram("inter_token_latency_seconds", "Time between two tokens of one stream")
@@ -86,9 +96,9 @@ class Metrics:
     def finished(self, reason: FinishReason, seconds: float, prompt_tokens: int) -> None:
         """One request has ended."""
         self.requests.labels(reason.value).inc()
-        self.request_latency.observe([seconds])
+        self.request_latency.observe(seconds)
         self.prompt_tokens.inc(prompt_tokens)
-        self.prompt_lengths.observe([prompt_tokens])
+        self.prompt_lengths.observe(prompt_tokens)
 
     def gauge(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A value that its owner knows; read at every scrape."""

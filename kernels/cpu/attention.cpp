@@ -5,6 +5,7 @@
 // however its sequence was cut into chunks, batched, or shared among threads. Only slots inside the context are read.
 
 #include "common.h"
+#include "kernels.h"
 
 #include <vector>
 
@@ -19,14 +20,14 @@ constexpr int ROWS = VL == 16 ? 6 : 3;  // rows of a register tile: ROWS x 4 acc
 constexpr float LOWEST = -1e30f;  // stands for minus infinity: differences of it stay finite
 
 struct Problem {
-    const float* q;       // [num_tokens][num_heads][dim]
+    const float* q;       // [num_tokens][num_heads][dim], q_stride elements from token to token
     const float* k_cache; // [num_blocks][num_kv_heads][BLOCK_SIZE][dim]
     const float* v_cache; // as k_cache
     const int32_t* query_starts;  // [num_seqs + 1]
     const int32_t* context_lens;  // [num_seqs]
     const int32_t* block_tables;  // [num_seqs][max_blocks]
     float* out;           // [num_tokens][num_heads][dim]
-    long num_seqs, max_blocks, num_heads, num_kv_heads, dim, window;  // window 0: all keys are seen
+    long num_seqs, max_blocks, num_heads, num_kv_heads, dim, q_stride, window;  // window 0: all keys are seen
     float scale;
     long group() const { return num_heads / num_kv_heads; }
     long tile_tokens() const { return most(1, TILE_ROWS / group()); }
@@ -119,7 +120,7 @@ Space& own_space() {
 void gather_queries(const Problem& p, const Task& task, float* to) {
     long group = p.group();
     for (long r = 0; r < task.count * group; r++) {
-        const float* from = p.q + ((task.token + r / group) * p.num_heads + task.kv_head * group + r % group) * p.dim;
+        const float* from = p.q + (task.token + r / group) * p.q_stride + (task.kv_head * group + r % group) * p.dim;
         for (long i = 0; i < p.dim; i++) to[r * p.dim + i] = from[i] * p.scale;
     }
 }
@@ -311,10 +312,10 @@ EXPORT long mr_attention_dim_step() { return VL; }
 // Returns 0, or 1 + the sequence whose block table names a block that the pool does not have.
 EXPORT long mr_attention(const float* q, const float* k_cache, const float* v_cache, const int32_t* query_starts,
                          const int32_t* context_lens, const int32_t* block_tables, float* out, long num_seqs,
-                         long max_blocks, long num_blocks, long num_heads, long num_kv_heads, long dim, long window,
-                         float scale, int threads) {
-    Problem p{q,        k_cache,    v_cache,   query_starts, context_lens, block_tables, out,
-              num_seqs, max_blocks, num_heads, num_kv_heads, dim,          window,       scale};
+                         long max_blocks, long num_blocks, long num_heads, long num_kv_heads, long dim, long q_stride,
+                         long window, float scale, int threads) {
+    Problem p{q,          k_cache,   v_cache,      query_starts, context_lens, block_tables, out,  num_seqs,
+              max_blocks, num_heads, num_kv_heads, dim,          q_stride,     window,       scale};
     std::vector<Task> tasks = plan(p);
     for (const Task& task : tasks)
         for (long i = task.first_key / BLOCK_SIZE; task.kv_head == 0 && i < ceil_div(task.last_key, BLOCK_SIZE); i++) {

@@ -8,6 +8,9 @@
 #include <cstring>
 
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
@@ -106,6 +109,14 @@ static INLINE void transpose(vf* now) {
 static INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
 static INLINE long least(long a, long b) { return a < b ? a : b; }
 static INLINE long most(long a, long b) { return a > b ? a : b; }
+
+// Huge pages save a page walk every 4 KiB of a weight stream; the request may be ignored.
+static inline void ask_for_huge_pages(void* memory, size_t size) {
+#ifdef __linux__
+    uintptr_t begin = ((uintptr_t)memory + 4095) & ~(uintptr_t)4095;
+    if (size > (1 << 21)) madvise((void*)begin, (size - 4096) & ~(uintptr_t)4095, MADV_HUGEPAGE);
+#endif
+}
 
 // Scratch that grows and stays with its thread, so that a call in the hot path does not allocate.
 struct Scratch {

@@ -2,6 +2,7 @@
 // is enough to share. A row's result depends on that row alone.
 
 #include "common.h"
+#include "kernels.h"
 
 #include <cmath>
 
@@ -38,6 +39,17 @@ INLINE void put(float* p, vf v, long count) {
         store_part(p, v, count);
 }
 
+// to may be from itself.
+INLINE void rms_norm_row(const float* from, const float* weight, float* to, long width, float eps) {
+    vf squares{};
+    each_vector(width, [&](long i, long n) {
+        vf v = take(from + i, n);
+        squares += v * v;
+    });
+    const vf scale = splat(1.0f / sqrtf(hsum(squares) / width + eps));
+    each_vector(width, [&](long i, long n) { put(to + i, take(from + i, n) * scale * take(weight + i, n), n); });
+}
+
 // 1 / (1 + exp(-x))
 INLINE vf logistic(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 
@@ -54,14 +66,7 @@ EXPORT void mr_rms_norm(const float* x, float* residual, const float* weight, fl
             each_vector(width, [&](long i, long n) { put(sum + i, take(from + i, n) + take(sum + i, n), n); });
             from = sum;
         }
-        vf squares{};
-        each_vector(width, [&](long i, long n) {
-            vf v = take(from + i, n);
-            squares += v * v;
-        });
-        const vf scale = splat(1.0f / sqrtf(hsum(squares) / width + eps));
-        float* to = y + row * width;
-        each_vector(width, [&](long i, long n) { put(to + i, take(from + i, n) * scale * take(weight + i, n), n); });
+        rms_norm_row(from, weight, y + row * width, width, eps);
     }
 }
 
@@ -166,4 +171,30 @@ EXPORT long mr_write_kv(const float* k, const float* v, float* k_cache, float* v
         }
     }
     return 0;
+}
+
+// What stands between the projection and the attention, in one pass: heads of q and k are normed (if they have norms)
+// and rotated (if there is a table) in place, k and v go to their slots. qkv [tokens][(heads + 2 kv_heads) * dim];
+// positions and slots were checked by the caller.
+EXPORT void mr_qkv_to_cache(float* qkv, const float* q_norm, const float* k_norm, float eps, const float* cos_sin,
+                            const int64_t* positions, const int64_t* slots, float* k_cache, float* v_cache, long tokens,
+                            long heads, long kv_heads, long dim, long rotary_dim, int threads) {
+    constexpr long BLOCK_SIZE = 16;
+    const long width = (heads + 2 * kv_heads) * dim;
+#pragma omp parallel for num_threads(team(tokens* width, threads)) schedule(static)
+    for (long t = 0; t < tokens; t++) {
+        float *q = qkv + t * width, *k = q + heads * dim, *v = k + kv_heads * dim;
+        for (float* head = q; head < v; head += dim) {
+            const float* norm = head < k ? q_norm : k_norm;
+            if (norm) rms_norm_row(head, norm, head, dim, eps);
+            const float* cos = cos_sin + positions[t] * rotary_dim;
+            if (cos_sin) rotate(head, cos, cos + rotary_dim / 2, rotary_dim / 2);
+        }
+        const long block = slots[t] / BLOCK_SIZE, offset = slots[t] % BLOCK_SIZE;
+        for (long h = 0; h < kv_heads; h++) {
+            const long to = ((block * kv_heads + h) * BLOCK_SIZE + offset) * dim;
+            memcpy(k_cache + to, k + h * dim, dim * sizeof(float));
+            memcpy(v_cache + to, v + h * dim, dim * sizeof(float));
+        }
+    }
 }

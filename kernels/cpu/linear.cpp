@@ -6,12 +6,9 @@
 // blocks and threads fall: a row's result has the same bits for every number of rows in the batch.
 
 #include "common.h"
+#include "kernels.h"
 
 #include <type_traits>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -22,7 +19,7 @@ constexpr long BLOCK_K = 1024;         // k per block
 constexpr long BLOCK_M = 192;          // rows of x per block
 constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
 constexpr long SHARED_PACKING = 1 << 15;  // elements of x from which on the threads share its packing
-constexpr int WIDEN_TILES = 3;         // from so many tiles on, widening a bfloat16 block once pays
+constexpr int WIDEN_TILES = 8;         // from so many tiles on, widening a bfloat16 block once pays
 constexpr long STREAM_AHEAD = 4096;    // bytes fetched ahead in the weight stream
 
 struct Pair {
@@ -241,11 +238,7 @@ EXPORT void mr_linear(const float* x, const void* w, int bf16, const float* bias
 // w [n][k] of float32 or bfloat16 -> out [panels][k][PW] of the same; features past n are zero.
 EXPORT void mr_pack(const void* w, int bf16, void* out, long n, long k, int threads) {
     long panels = ceil_div(n, PW);
-#ifdef __linux__
-    // Huge pages save a page walk every 4 KiB of the stream; the request may be ignored.
-    uintptr_t begin = ((uintptr_t)out + 4095) & ~(uintptr_t)4095, size = panels * k * PW * (bf16 ? 2 : 4);
-    if (size > (1 << 21)) madvise((void*)begin, (size - 4096) & ~(uintptr_t)4095, MADV_HUGEPAGE);
-#endif
+    ask_for_huge_pages(out, panels * k * PW * (bf16 ? 2 : 4));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long index = 0; index < panels; index++) {
         for (int j = 0; j < PW; j++) {

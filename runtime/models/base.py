@@ -55,6 +55,9 @@ class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
     # where they lie on the host, and in a step captured as a graph, whose lengths the device alone knows.
     host: tuple[Sequence[int], Sequence[int]] | None = None
     is_decode: bool = False  # one token per sequence, and the logits of all of them are wanted, in order
+    # [at least num_logits, vocab_size] float32 where the model may put the logits: a caller that keeps one for its lane
+    # spares the fresh pages of tens of megabytes in every step.
+    logits_out: Tensor | None = None
 
 
 class Model(Protocol):

@@ -155,6 +155,9 @@ class RMSNorm:
         self.eps = eps
         self._backends = backends
 
+    def weights(self) -> ops.NormWeights:
+        return ops.NormWeights(self.weight, None, self.eps)
+
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps, backends=self._backends)
 
@@ -171,6 +174,9 @@ class LayerNorm:
         self.bias = bias  # [width]
         self.eps = eps
         self._backends = backends
+
+    def weights(self) -> ops.NormWeights:
+        return ops.NormWeights(self.weight, self.bias, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps, backends=self._backends)

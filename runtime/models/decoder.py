@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
+from millrace.kernels.memory import ask_for_huge_pages
 from millrace.runtime.models.base import ForwardBatch, ModelSpec
 from millrace.runtime.models.declaration import (
     EmbeddingDecl,
@@ -64,6 +65,9 @@ class DecoderLayer(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    def describe(self) -> ops.DecoderLayerArgs:
+        """The same layer for a backend that computes whole layers."""
+
     def write_kv(
         self, x: Tensor, positions: Tensor, kv_cache: Tensor, kv_scales: Tensor | None, slots: Tensor
     ) -> Tensor:
@@ -85,6 +89,7 @@ class DecoderModel:
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm | LayerNorm,
         lm_head: ops.PackedLinear,
+        stack: ops.PackedDecoder | None,
         weight_bytes: int,
         placement: Placement | None = None,
     ) -> None:
@@ -100,6 +105,7 @@ class DecoderModel:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._lm_head = lm_head
+        self._stack = stack  # the layers as one call; None: op by op, as below
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -113,6 +119,7 @@ class DecoderModel:
         shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
         storage = torch.empty(shape, dtype=self.kv_dtype, device=self.device)
         scales = torch.empty(shape[:-1], device=self.device) if self._has_kv_scales else None
+        ask_for_huge_pages(storage, 2 * spec.num_layers)
         return PagedKV(storage, tuple((layer[0], layer[1]) for layer in storage), tuple(storage), scales)
 
     def copy_blocks(self, kv: PagedKV, source: Tensor, target: Tensor) -> None:
@@ -134,6 +141,9 @@ class DecoderModel:
         positions, slots = batch.positions, batch.slot_mapping
         last = self._layers[-1]
         residual = self._embed(batch.tokens, positions)  # [num_tokens, hidden_size]
+        if self._stack is not None:
+            x = self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices)
+            return self._lm_head(x, batch.logits_out)
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.layers[index]
@@ -159,7 +169,7 @@ class DecoderModel:
             x = layer.mlp(x)
             next_norm = self._final_norm if layer is last else self._layers[index + 1].input_norm
             x, residual = next_norm.add(x, residual)
-        return self._lm_head(x)
+        return self._lm_head(x, batch.logits_out)
 
 
 class LayerDecl(Protocol):
@@ -177,11 +187,13 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base_prefix: checkpoints of the bare base model leave it out of every name; either way is accepted.
         harmless: patterns of stored tensors (named without base_prefix) that the model does not need.
+        is_gated: the MLP is silu(gate) * up; otherwise it is the tanh form of GELU.
         lm_head: the output matrix; None where it is tied to the embedding.
     """
 
     base_prefix: ClassVar[str]
     harmless: ClassVar[Sequence[re.Pattern[str]]]
+    is_gated: ClassVar[bool]
 
     spec: ModelSpec
     embedding: EmbeddingDecl
@@ -195,6 +207,10 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
 
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
         """A table with one row for each position below max_model_len."""
+        raise NotImplementedError
+
+    def rotation(self, positions: Tensor) -> Tensor | None:
+        """Cosines and sines that layers rotate queries and keys by, [max_model_len, rotary_dim], if they do."""
         raise NotImplementedError
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
@@ -237,12 +253,25 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
             lm_head = self.lm_head.load(source)
         source.release()
         progress(total, total)
+        stack = ops.pack_decoder(
+            ops.DecoderArgs(
+                layers=tuple(layer.describe() for layer in layers),
+                final_norm=final_norm.weights(),
+                cos_sin=self.rotation(positions),
+                num_heads=self.spec.num_heads,
+                num_kv_heads=self.spec.num_kv_heads,
+                head_dim=self.spec.head_dim,
+                is_gated=self.is_gated,
+            ),
+            backends=place.backends,
+        )
         return DecoderModel(
             msgspec.structs.replace(self.spec, max_model_len=max_model_len),
             embed=self.embed(look_up, positions),
             layers=layers,
             final_norm=final_norm,
             lm_head=lm_head,
+            stack=stack,
             weight_bytes=table_bytes + lm_head.weight_bytes + sum(layer.weight_bytes for layer in layers),
             placement=place,
         )

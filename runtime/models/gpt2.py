@@ -62,6 +62,20 @@ class GPT2Layer:
     def weight_bytes(self) -> int:
         return sum(linear.weight_bytes for linear in (self._qkv, self.output, self._up, self._down))
 
+    def describe(self) -> ops.DecoderLayerArgs:
+        return ops.DecoderLayerArgs(
+            input_norm=self.input_norm.weights(),
+            qkv=self._qkv,
+            q_norm=None,
+            k_norm=None,
+            output=self.output,
+            post_attention_norm=self.post_attention_norm.weights(),
+            up=self._up,
+            down=self._down,
+            scale=self.scale,
+            window=self.window,
+        )
+
     def write_kv(
         self, x: Tensor, positions: Tensor, kv_cache: Tensor, kv_scales: Tensor | None, slots: Tensor
     ) -> Tensor:
@@ -80,6 +94,8 @@ class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
     # Old releases of transformers saved the causal mask and its fill value as buffers.
     harmless: ClassVar[Sequence[re.Pattern[str]]] = (re.compile(r"h\.\d+\.attn\.(masked_)?bias"),)
 
+    is_gated: ClassVar[bool] = False
+
     position_embedding: EmbeddingDecl
 
     def position_tensors(self) -> Iterator[TensorDecl]:
@@ -90,6 +106,9 @@ class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
         stored = source.read(self.position_embedding.name)[:max_model_len]
         place = source.placement
         return torch.empty(stored.shape, dtype=place.activation, device=place.device).copy_(stored)
+
+    def rotation(self, positions: Tensor) -> None:
+        return None
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
         return lambda tokens, at: look_up(tokens).add_(positions.index_select(0, at))

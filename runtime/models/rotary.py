@@ -71,6 +71,20 @@ class RotaryLayer:
     def weight_bytes(self) -> int:
         return sum(linear.weight_bytes for linear in (self._qkv, self.output, self._gate_up, self._down))
 
+    def describe(self) -> ops.DecoderLayerArgs:
+        return ops.DecoderLayerArgs(
+            input_norm=self.input_norm.weights(),
+            qkv=self._qkv,
+            q_norm=None if self._q_norm is None else self._q_norm.weights(),
+            k_norm=None if self._k_norm is None else self._k_norm.weights(),
+            output=self.output,
+            post_attention_norm=self.post_attention_norm.weights(),
+            up=self._gate_up,
+            down=self._down,
+            scale=self.scale,
+            window=self.window,
+        )
+
     def write_kv(
         self, x: Tensor, positions: Tensor, kv_cache: Tensor, kv_scales: Tensor | None, slots: Tensor
     ) -> Tensor:
@@ -99,11 +113,16 @@ class RotaryDecl(DecoderDecl, frozen=True, kw_only=True):
     # Old releases of transformers saved the frequencies, which config.json determines.
     harmless: ClassVar[Sequence[re.Pattern[str]]] = (re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),)
 
+    is_gated: ClassVar[bool] = True
+
     rope: Rope
 
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
         """cos and sin, [max_model_len, head_dim]."""
         return self.rope.cos_sin(max_model_len).to(source.placement.device)
+
+    def rotation(self, positions: Tensor) -> Tensor:
+        return positions
 
     def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
         return lambda tokens, _: look_up(tokens)

@@ -23,6 +23,9 @@ class DecodeBatch:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __getitem__(self, row: int) -> Sequence:
+        return self._members[row]
+
     def get(self, row: int) -> Sequence | None:
         return self._members.get(row)
 

@@ -67,13 +67,13 @@ def decode_plan(
     step: int, batch: DecodeBatch, joined: list[Sequence], updates: list[Update], copies: list[Copy], rows: Rows
 ) -> DecodePlan:
     """One decode step of the whole batch, as differences to the one before."""
-    joined_rows = _ints([sequence.row for sequence in joined])
+    joined_rows = _ints([sequence.row for sequence in joined]) if joined else _EMPTY
     return DecodePlan(
         step=step,
         seqs=batch.seqs,
         rows=batch.rows,
         joined_rows=joined_rows,
-        joined_positions=rows.computed[joined_rows].astype(np.int32),
+        joined_positions=rows.computed[joined_rows].astype(np.int32) if joined else _EMPTY,
         blocks=_block_updates(updates),
         copies=BlockCopies(
             source=np.array([source for _, source, _ in copies], dtype=np.int64),

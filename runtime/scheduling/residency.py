@@ -1,8 +1,10 @@
 """Who holds rows and KV blocks: columns per row, the block pool, and the prefix cache.
 
-A row and its blocks are given back when its sequence leaves *and* every launched step that names the row has reported
-(`inflight`), because a step in flight still writes there.
+A row and its blocks are given back when its sequence leaves *and* every launched step that names the row has reported,
+because a step in flight still writes there.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -19,7 +21,6 @@ class Rows:
     computed    positions whose keys and values are computed or launched
     confirmed   positions whose step has reported
     target      positions to compute before the last token is drawn
-    inflight    launched steps that name the row and have not reported
     """
 
     def __init__(self, max_rows: int, max_model_len: int) -> None:
@@ -27,7 +28,6 @@ class Rows:
         self.computed = np.zeros(max_rows, dtype=np.int64)
         self.confirmed = np.zeros(max_rows, dtype=np.int64)
         self.target = np.zeros(max_rows, dtype=np.int64)
-        self.inflight = np.zeros(max_rows, dtype=np.int32)
         # Pages of rows and positions that are never reached are never committed.
         self.history = np.zeros((max_rows, max_model_len + 1), dtype=np.int32)
         self.owner: list[Sequence | None] = [None] * max_rows
@@ -120,14 +120,15 @@ class Residency:
             sequence.leaving = True
             self._leaving.append(sequence)
 
-    def retire(self) -> list[Sequence]:
+    def retire(self, launched: Iterable[Step]) -> list[Sequence]:
         """Gives back what no launched step names; returns those who have left without having ended."""
         if not self._leaving:
             return []
+        busy = {row for step in launched for row in step.rows.tolist()}
         gone, waits = [], []
         for sequence in self._leaving:
             row = sequence.row
-            if self.rows.inflight[row]:
+            if row in busy:
                 waits.append(sequence)
                 continue
             if not sequence.ended:

@@ -41,16 +41,19 @@ class Detokenizer:
             self._stream = _WindowStream(tokenizer, prompt_tail, skip_special_tokens)
         self._clean = self._stream.clean
 
+    def push_one(self, token_id: int) -> str:
+        """`push` of one token."""
+        if self._clean and token_id < len(self._text):
+            piece = self._text[token_id]
+            if piece is not None:
+                return piece
+        return self.push((token_id,))
+
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete, which may be empty or start with text of earlier tokens."""
         if self._clean:  # nothing is held back, so a piece of whole characters is its own text
             try:
-                if len(token_ids) == 1:
-                    piece = self._text[token_ids[0]]
-                    if piece is not None:
-                        return piece
-                else:
-                    return "".join([self._text[index] for index in token_ids])  # type: ignore[misc]
+                return "".join([self._text[index] for index in token_ids])  # type: ignore[misc]
             except (IndexError, TypeError):
                 pass  # an id without a token, or a piece that is not whole characters
         text = self._stream.push(token_ids)

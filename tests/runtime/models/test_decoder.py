@@ -1,8 +1,10 @@
 """The forward pass at its edges, and the storage that it owns."""
 
+import pytest
 import torch
 from checkpoints import PagedSequences, random_tokens
 
+from millrace.kernels import ops
 from millrace.runtime.models.base import ForwardBatch
 from millrace.runtime.models.decoder import DecoderModel
 from millrace.runtime.types import BLOCK_SIZE
@@ -81,3 +83,70 @@ def test_repeated_passes_leave_weights_alone() -> None:
     first = PagedSequences(made, 1, 16).step({0: tokens})[0]
     second = PagedSequences(made, 1, 16).step({0: tokens})[0]
     assert torch.equal(first, second)
+
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 256,
+}
+WIDE = {**CONFIG, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32, "max_position_embeddings": 256}
+STACKS = {
+    "llama": {**WIDE, "attention_bias": True},
+    "qwen3": {**WIDE, "architectures": ["Qwen3ForCausalLM"]},
+    "mistral": {**WIDE, "architectures": ["MistralForCausalLM"], "sliding_window": 20},
+    "gpt2": GPT2,
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_all_layers_in_one_call_have_the_bits_of_the_ops_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = random_model(STACKS[name], seed=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "pack_decoder", lambda args, backends: None)
+        by_ops = random_model(STACKS[name], seed=3)
+    if default_backend_is_torch():
+        pytest.skip("NO C++ KERNELS HERE, SO ALL LAYERS IN ONE CALL ARE NOT TESTED: install g++")
+    assert stacked._stack is not None and by_ops._stack is None
+    pairs = [PagedSequences(model, 3, 200) for model in (stacked, by_ops)]
+    prompts = {seq: random_tokens(size, seed=seq, vocab_size=97) for seq, size in enumerate((1, 33, 150))}
+    for tokens in (prompts, {0: [5], 2: [7, 8, 9]}, {0: [1], 1: [2], 2: [3]}):
+        got, want = (pair.step(tokens) for pair in pairs)
+        for seq in tokens:
+            assert torch.equal(got[seq], want[seq])
+
+
+def test_all_layers_in_one_call_refuse_what_lies_outside() -> None:
+    made = random_model(WIDE, seed=3)
+    if default_backend_is_torch():
+        pytest.skip("NO C++ KERNELS HERE, SO ALL LAYERS IN ONE CALL ARE NOT TESTED: install g++")
+    kv = made.allocate_kv(4)
+    fine = {
+        "tokens": torch.tensor([3, 4]),
+        "positions": torch.tensor([0, 1]),
+        "slot_mapping": torch.tensor([16, 17]),
+        "query_starts": torch.tensor([0, 2], dtype=torch.int32),
+        "context_lens": torch.tensor([2], dtype=torch.int32),
+        "block_tables": torch.tensor([[1]], dtype=torch.int32),
+        "logits_indices": torch.tensor([1]),
+    }
+    made.forward(ForwardBatch(**fine, max_query_len=2, max_context_len=2), kv)
+    for field, value, complaint in (
+        ("positions", torch.tensor([0, 256]), "position of token 1"),
+        ("slot_mapping", torch.tensor([64, 17]), "slot of token 0 is outside the pool of 4 blocks"),
+        ("logits_indices", torch.tensor([2]), "entry 0 of logits_indices"),
+        ("block_tables", torch.tensor([[4]], dtype=torch.int32), "block table of sequence 0"),
+    ):
+        with pytest.raises(IndexError, match=complaint):
+            made.forward(ForwardBatch(**{**fine, field: value}, max_query_len=2, max_context_len=2), kv)
+    with pytest.raises(ValueError, match=r"slot_mapping is int32 \[2\]"):
+        made.forward(
+            ForwardBatch(**{**fine, "slot_mapping": fine["slot_mapping"].int()}, max_query_len=2, max_context_len=2), kv
+        )
+
+
+def default_backend_is_torch() -> bool:
+    return ops.default_backends()[0].name == "torch"

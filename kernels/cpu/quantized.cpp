@@ -1,0 +1,298 @@
+// y = x @ W^T + b with W in 8 or 4 bits: w = scale * (q - zero), one scale and zero for each group of inputs of an
+// output. x is quantised on the way, row by row and group by group, to 8 bits with a scale of its own, so that the sums
+// are integers: q is unsigned and x signed, which is what the processors' dot products of bytes take.
+//
+//   y[r][j] = b[j] + sum over groups g of scale[j][g] * x_scale[r][g] * (sum q x - zero[j][g] * sum x)
+//
+// Packed layout: [panel][group]: PW scales (float16), PW zeros (uint8), then for each four inputs 8 bits: [2][VL][4]
+// bytes, 4 bits: [VL][4] bytes whose low nibbles are the panel's first VL outputs and whose high nibbles the others.
+// Sums over a group are exact and groups are added in order: a row's result has the same bits in every batch.
+
+#include "common.h"
+#include "kernels.h"
+
+#include <cmath>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int PW = 2 * VL;               // outputs per panel
+constexpr long HEADER = PW * 3;          // bytes of scales and zeros of a panel's group
+constexpr long BLOCK_BYTES = 512 << 10;  // quantised rows that stay in L2 beside a panel
+constexpr long STREAM_AHEAD = 4096;      // bytes fetched ahead in the weight stream
+constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
+
+typedef uint8_t bytes_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
+typedef _Float16 halves_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
+typedef int8_t small_signed __attribute__((vector_size(VL)));
+typedef uint8_t small_any __attribute__((vector_size(VL), aligned(1), may_alias));
+
+// sum + the dot products of four unsigned bytes of w with four signed bytes of x, in each 32-bit lane.
+INLINE vi dot(vi sum, vi w, vi x) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
+#elif defined(__AVX512BW__)
+    // Products of bytes are summed as 16 x 16 bits, even and odd ones apart: nothing saturates.
+    __m512i even = _mm512_madd_epi16(_mm512_and_si512((__m512i)w, _mm512_set1_epi16(255)),
+                                     _mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8));
+    __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), _mm512_srai_epi16((__m512i)x, 8));
+    return sum + (vi)even + (vi)odd;
+#elif defined(__AVX2__)
+    __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)),
+                                     _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8));
+    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), _mm256_srai_epi16((__m256i)x, 8));
+    return sum + (vi)even + (vi)odd;
+#else
+    for (int shift = 0; shift < 32; shift += 8) sum += (vi)((vu)w >> shift & 255) * ((vi)((vu)x << (24 - shift)) >> 24);
+    return sum;
+#endif
+}
+
+struct Problem {
+    const float* x;       // [m][k]
+    const uint8_t* w;     // packed
+    const float* bias;    // [panels * PW]
+    float* y;             // [m][n]
+    long m, n, k, group;  // group divides k
+    int bits;
+    long groups() const { return k / group; }
+    long group_bytes() const { return HEADER + group * PW * bits / 8; }
+};
+
+// Quantised rows: tile t of R rows has its values [group][group / 4][R][4] and for each group R scales and R sums.
+struct Rows {
+    long tiles, base, extra;
+    explicit Rows(long m) : tiles(ceil_div(m, MR)), base(m / tiles), extra(m % tiles) {}
+    long begin(long t) const { return t * base + least(t, extra); }
+};
+
+void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t* values, float* scales, float* sums) {
+    for (long g = 0; g < p.groups(); g++) {
+        const float* from = p.x + row * p.k + g * p.group;
+        vf top{}, broken{};  // a NaN or an infinity, which a maximum may pass by, must come out again
+        long i = 0;
+        for (; i + VL <= p.group; i += VL) {
+            vf v = load(from + i);
+            top = vmax(top, vmax(v, -v));
+            broken += v * 0.0f;
+        }
+        float largest = hmax(top), scale = hsum(broken);
+        for (; i < p.group; i++) {
+            largest = fmaxf(largest, fabsf(from[i]));
+            scale += from[i] * 0.0f;
+        }
+        scale += largest / LEVELS;
+        const float inverse = largest > 0 && std::isfinite(scale) ? 1 / scale : 0;
+        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+        int8_t* to = values + g * p.group * height + in_tile * 4;
+        vi vector_sum{};
+        for (i = 0; i + VL <= p.group; i += VL) {
+            vi q = (vi)(load(from + i) * inverse + magic) - (vi)splat(magic);
+            vector_sum += q;
+            small_signed narrow = __builtin_convertvector(q, small_signed);
+            for (int j = 0; j < VL; j += 4) memcpy(to + (i + j) * height, (const char*)&narrow + j, 4);
+        }
+        int32_t sum = 0, lanes[VL];
+        memcpy(lanes, &vector_sum, sizeof lanes);
+        for (int32_t lane : lanes) sum += lane;
+        for (; i < p.group; i++) {
+            const int32_t q = (int32_t)rintf(from[i] * inverse);
+            to[i / 4 * height * 4 + i % 4] = (int8_t)q;
+            sum += q;
+        }
+        scales[g * height + in_tile] = scale;
+        sums[g * height + in_tile] = (float)sum;
+    }
+}
+
+template <int BITS>
+INLINE void load_bytes(const uint8_t* from, vi* low, vi* high) {
+    vi word = (vi)(*(const bytes_any*)from);
+    if constexpr (BITS == 4) {
+        *low = word & 0x0f0f0f0f;
+        *high = (vi)((vu)word >> 4) & 0x0f0f0f0f;
+    } else {
+        *low = word;
+        *high = (vi)(*(const bytes_any*)(from + VL * 4));
+    }
+}
+
+INLINE vi splat_bytes(const int8_t* from) {
+    int32_t word;
+    memcpy(&word, from, 4);
+    return word - vi{};
+}
+
+template <int BITS, int R>
+void tile(const Problem& p, const int8_t* values, const float* scales, const float* sums, const uint8_t* w,
+          const float* bias, float* c, long c_stride) {
+    constexpr long step = VL * BITS;  // bytes of four inputs: VL * 4 for 4 bits, twice that for 8
+    vf low[R], high[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        low[r] = load(bias);
+        high[r] = load(bias + VL);
+    }
+    for (long g = 0; g < p.groups(); g++, w += p.group_bytes(), scales += R, sums += R) {
+        vi sum_low[R], sum_high[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) sum_low[r] = sum_high[r] = vi{};
+        const uint8_t* from = w + HEADER;
+        for (long i = 0; i < p.group / 4; i++, values += R * 4, from += step) {
+            for (long line = 0; line < step; line += 64) __builtin_prefetch(from + STREAM_AHEAD + line, 0, 2);
+            vi w_low, w_high;
+            load_bytes<BITS>(from, &w_low, &w_high);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                vi x = splat_bytes(values + r * 4);
+                sum_low[r] = dot(sum_low[r], w_low, x);
+                sum_high[r] = dot(sum_high[r], w_high, x);
+            }
+        }
+        const vf scale_low = __builtin_convertvector(*(const halves_any*)w, vf);
+        const vf scale_high = __builtin_convertvector(*(const halves_any*)(w + VL * 2), vf);
+        const vf zero_low = __builtin_convertvector(*(const small_any*)(w + PW * 2), vf);
+        const vf zero_high = __builtin_convertvector(*(const small_any*)(w + PW * 2 + VL), vf);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const vf sum = splat(sums[r]), scale = splat(scales[r]);
+            low[r] += (__builtin_convertvector(sum_low[r], vf) - zero_low * sum) * (scale_low * scale);
+            high[r] += (__builtin_convertvector(sum_high[r], vf) - zero_high * sum) * (scale_high * scale);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        store(c + r * c_stride, low[r]);
+        store(c + r * c_stride + VL, high[r]);
+    }
+}
+
+using Tile = void (*)(const Problem&, const int8_t*, const float*, const float*, const uint8_t*, const float*, float*,
+                      long);
+template <int BITS, int... R>
+struct Tiles {
+    static constexpr Tile table[] = {nullptr, tile<BITS, R>...};
+};
+#if defined(__AVX512F__) || defined(__aarch64__)
+template <int BITS>
+using AllTiles = Tiles<BITS, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+#else
+template <int BITS>
+using AllTiles = Tiles<BITS, 1, 2, 3, 4, 5, 6>;
+#endif
+
+template <int BITS>
+void multiply(const Problem& p, int threads) {
+    static thread_local Scratch value_space, scale_space, sum_space;
+    const Rows rows(p.m);
+    const long groups = p.groups(), panels = ceil_div(p.n, PW);
+    int8_t* values = (int8_t*)value_space.get(ceil_div(p.m * p.k, 4));
+    float* scales = scale_space.get(p.m * groups);
+    float* sums = sum_space.get(p.m * groups);
+    auto quantise_tile = [&](long t) {
+        const long first = rows.begin(t), height = rows.begin(t + 1) - first;
+        for (long r = 0; r < height; r++)
+            quantise_row(p, first + r, r, height, values + first * p.k, scales + first * groups, sums + first * groups);
+    };
+    const bool shared = rows.tiles > 1;
+    if (!shared) quantise_tile(0);
+    const long block_tiles = most(1, BLOCK_BYTES / (p.k * MR)), row_blocks = ceil_div(rows.tiles, block_tiles);
+    const long step = most(1, least(8, panels / (threads * 8))), steps = ceil_div(panels, step);
+    std::atomic<long> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+        if (shared) {
+            for (long t = omp_get_thread_num(); t < rows.tiles; t += omp_get_num_threads()) quantise_tile(t);
+#pragma omp barrier
+        }
+        alignas(64) float edge[MR * PW];  // a tile of the last panel, which may be narrower than PW
+        for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < steps * row_blocks;) {
+            const long t0 = task % row_blocks * block_tiles, t1 = least(t0 + block_tiles, rows.tiles);
+            const long n0 = task / row_blocks * step, n1 = least(n0 + step, panels);
+            for (long index = n0; index < n1; index++) {
+                const uint8_t* w = p.w + index * groups * p.group_bytes();
+                const long columns = least(PW, p.n - index * PW);
+                for (long t = t0; t < t1; t++) {
+                    const long first = rows.begin(t), height = rows.begin(t + 1) - first;
+                    float* y = p.y + first * p.n + index * PW;
+                    const bool whole = columns == PW;
+                    AllTiles<BITS>::table[height](p, values + first * p.k, scales + first * groups,
+                                                  sums + first * groups, w, p.bias + index * PW, whole ? y : edge,
+                                                  whole ? p.n : PW);
+                    for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// Bytes of the packed form of [n][k].
+EXPORT int64_t mr_quantized_bytes(long n, long k, long group, int bits) {
+    return ceil_div(n, PW) * (k / group) * (HEADER + group * PW * bits / 8);
+}
+
+// q [n][k] of 0 .. 2^bits - 1, scales [n][k / group] float16 bits, zeros [n][k / group] -> packed.
+EXPORT void mr_quantized_pack(const uint8_t* q, const uint16_t* scales, const uint8_t* zeros, uint8_t* out, long n,
+                              long k, long group, int bits, int threads) {
+    const long groups = k / group, group_bytes = HEADER + group * PW * bits / 8;
+    ask_for_huge_pages(out, ceil_div(n, PW) * groups * group_bytes);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long index = 0; index < ceil_div(n, PW); index++)
+        for (long g = 0; g < groups; g++) {
+            uint8_t* to = out + (index * groups + g) * group_bytes;
+            memset(to, 0, group_bytes);  // outputs past n: scale 0
+            for (long j = 0; j < least(PW, n - index * PW); j++) {
+                const long row = index * PW + j;
+                memcpy(to + j * 2, scales + row * groups + g, 2);
+                to[PW * 2 + j] = zeros[row * groups + g];
+                const uint8_t* from = q + row * k + g * group;
+                for (long i = 0; i < group; i++) {
+                    if (bits == 8)
+                        to[HEADER + (i / 4 * PW + j) * 4 + i % 4] = from[i];
+                    else
+                        to[HEADER + (i / 4 * VL + j % VL) * 4 + i % 4] |= from[i] << (j / VL * 4);
+                }
+            }
+        }
+}
+
+// Rows of the original matrix: y [count][k] = scale * (q - zero). Returns 0, or 1 + the index of a bad token.
+EXPORT int64_t mr_quantized_rows(const uint8_t* w, const int64_t* tokens, float* y, long count, long n, long k,
+                                 long group, int bits) {
+    const long groups = k / group, group_bytes = HEADER + group * PW * bits / 8;
+    for (long t = 0; t < count; t++)
+        if (tokens[t] < 0 || tokens[t] >= n) return t + 1;
+    for (long t = 0; t < count; t++) {
+        const long index = tokens[t] / PW, j = tokens[t] % PW;
+        for (long g = 0; g < groups; g++) {
+            const uint8_t* from = w + (index * groups + g) * group_bytes;
+            _Float16 scale;
+            memcpy(&scale, from + j * 2, 2);
+            const int zero = from[PW * 2 + j];
+            for (long i = 0; i < group; i++) {
+                const int q = bits == 8 ? from[HEADER + (i / 4 * PW + j) * 4 + i % 4]
+                                        : from[HEADER + (i / 4 * VL + j % VL) * 4 + i % 4] >> (j / VL * 4) & 15;
+                y[t * k + g * group + i] = (float)scale * (float)(q - zero);
+            }
+        }
+    }
+    return 0;
+}
+
+// x [m][k], w packed, bias [ceil(n / PW) * PW], y [m][n].
+EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const float* bias, float* y, long m, long n, long k,
+                                long group, int bits, int threads) {
+    if (m == 0) return;
+    const Problem p{x, w, bias, y, m, n, k, group, bits};
+    if (bits == 4)
+        multiply<4>(p, threads);
+    else
+        multiply<8>(p, threads);
+}

@@ -1,0 +1,1 @@
+"""Quantised weights: making them and reading them."""
