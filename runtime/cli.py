@@ -30,6 +30,7 @@ _SHORT = {
     "model.served_name": "--served-model-name",
     "model.dtype": "--dtype",
     "model.max_model_len": "--max-model-len",
+    "model.quantize": "--quantize",
     "model.random_weights": "--random-weights",
     "device.threads": "--threads",
     "log.level": "--log-level",

@@ -77,7 +77,17 @@ def _missing(index: int) -> str:
 
 
 def placement(gpu: Gpu, config: Config, dtype: torch.dtype) -> Placement:
-    """Where a model is loaded to: the GPU in 16 bits. Torch serves what the kernels refuse."""
+    """Where a model is loaded to: the GPU in 16 bits. Torch serves what the kernels refuse.
+
+    Raises:
+        ConfigError: model.quantize is set, which the CPU alone serves so far.
+    """
+    if config.model.quantize != "none":
+        raise ConfigError(
+            f"model.quantize is {config.model.quantize}, but weights are rounded on the CPU only: set it to none, or"
+            " device.kind to cpu",
+            param="model.quantize",
+        )
     backend = CudaBackend(
         gpu.launcher,
         gpu.driver.current,

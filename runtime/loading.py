@@ -10,6 +10,7 @@ from millrace.runtime.config import Config
 from millrace.runtime.errors import ConfigError
 from millrace.runtime.gpu import Gpu, placement
 from millrace.runtime.models.base import Model
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
 from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
@@ -25,6 +26,11 @@ class Loaded(msgspec.Struct, frozen=True):
     model: Model
     tokenizer: Tokenizer
     template: ChatTemplate
+
+
+def _quantization(config: Config) -> Quantization | None:
+    bits = {"none": 0, "int8": 8, "int4": 4}[config.model.quantize]
+    return Quantization(bits=bits, group_size=config.model.quantize_group_size) if bits else None
 
 
 def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
@@ -48,10 +54,15 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
     if gpu is not None:
         path = None if config.model.random_weights else found.path
         dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype))
+    rounded = _quantization(config)
     if config.model.random_weights:
         # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
         shape = preset(config.model.random_weights)
-        model = random_model(shape, dtype=dtype, placement=place, max_model_len=length, progress=report)
+        model = random_model(
+            shape, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report
+        )
     else:
-        model = load_model(found.path, dtype=dtype, placement=place, max_model_len=length, progress=report)
+        model = load_model(
+            found.path, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report
+        )
     return Loaded(name, found.path, model, tokenizer, ChatTemplate.load(found.path, tokenizer.special_tokens))

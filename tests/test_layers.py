@@ -27,6 +27,7 @@ LAYERS = {
     "runtime.kv": 2,
     "runtime.scheduling": 2,
     "runtime.models": 2,
+    "runtime.quant": 2,
     "runtime.weights": 2,
     "runtime.sampling": 2,
     "runtime.text": 2,

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
+from millrace.runtime.quant.rounding import Quantization
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a model lives and computes: the CPU in float32, or a GPU in bfloat16 or float16.
 
     Attributes:
+        quantize: what matrices are rounded to as they are loaded; None keeps them as they are. CPU only.
         activation: type of everything that flows through the model.
         scales: type that the scales and biases of norms are kept in.
         kv: type of keys and values in the cache: None is the activations'; float8_e4m3fn and int8 have a scale for each
@@ -30,6 +32,15 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     scales: torch.dtype = torch.float32
     kv: torch.dtype | None = None
     backends: ops.Backends = None
+    quantize: Quantization | None = None
+
+    def pack(self, weight: Tensor, bias: Tensor | None, *, is_output: bool = False) -> ops.PackedLinear:
+        """A matrix [out, in] in the layout that multiplies fastest here; `is_output`: it gives the logits."""
+        if self.quantize is None:
+            return ops.pack_linear(weight, bias, activation=self.activation, backends=self.backends)
+        rounded = self.quantize.round(weight, is_output=is_output)
+        del weight
+        return ops.pack_quantized(rounded, bias, backends=self.backends)
 
 
 class WeightSource(Protocol):
@@ -85,7 +96,7 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
             if part.bias:
                 yield TensorDecl(f"{part.name}.bias", (part.out_features,))
 
-    def load(self, source: WeightSource) -> ops.PackedLinear:
+    def load(self, source: WeightSource, *, is_output: bool = False) -> ops.PackedLinear:
         # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
         place = source.placement
         dtype = source.storage_dtype(source.read(f"{self.parts[0].name}.weight").dtype)
@@ -100,7 +111,7 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
             if bias is not None and part.bias:
                 bias[start:stop].copy_(source.read(f"{part.name}.bias"))
             start = stop
-        return ops.pack_linear(weight, bias, activation=place.activation, backends=place.backends)
+        return place.pack(weight, bias, is_output=is_output)
 
 
 class EmbeddingDecl(msgspec.Struct, frozen=True):

@@ -234,7 +234,7 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
         table = self.embedding.load(source)
         look_up: Callable[[Tensor], Tensor]
         if self.lm_head is None:
-            lm_head = ops.pack_linear(table, activation=place.activation, backends=place.backends)
+            lm_head = place.pack(table, None, is_output=True)
             look_up, table_bytes = lm_head.row_lookup, 0
         else:
             look_up = functools.partial(ops.embedding, weight=table, dtype=place.activation, backends=place.backends)
@@ -250,7 +250,7 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
             progress(1 + len(layers), total)
         final_norm = self.final_norm.load(source)
         if self.lm_head is not None:
-            lm_head = self.lm_head.load(source)
+            lm_head = self.lm_head.load(source, is_output=True)
         source.release()
         progress(total, total)
         stack = ops.pack_decoder(

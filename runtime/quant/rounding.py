@@ -1,12 +1,38 @@
 """Round-to-nearest quantisation: the plain way to make integers from weights, without looking at activations."""
 
+import math
+
+import msgspec
 import torch
 from torch import Tensor
 
 from millrace.kernels.ops import QuantizedWeight
 
+_LEAST_GROUP = 16  # smaller ones cost more in scales than they save
+_SLICE = 1 << 22  # weights that are wide at a time
 _SMALLEST = 2.0**-24  # of float16: a scale of 0 would lose a group's zero point
 _LARGEST = 65504.0
+
+
+class Quantization(msgspec.Struct, frozen=True, kw_only=True):
+    """How matrices are rounded as they are loaded.
+
+    Attributes:
+        bits: 8, with one scale for each output, or 4, with one for each group of inputs.
+        group_size: inputs that share a scale, for 4 bits.
+    """
+
+    bits: int
+    group_size: int
+
+    def round(self, weight: Tensor, *, is_output: bool) -> QuantizedWeight:
+        """`weight` [out, in], rounded to the nearest. The matrix that gives the logits is kept in 8 bits: its errors go
+        straight into the choice of a token. Where groups do not divide the inputs, smaller ones that do are taken."""
+        inputs = weight.shape[1]
+        group = math.gcd(inputs, self.group_size)
+        if self.bits == 8 or is_output or group < _LEAST_GROUP:
+            return round_to_nearest(weight, 8, None)
+        return round_to_nearest(weight, self.bits, group)
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> QuantizedWeight:
@@ -24,11 +50,20 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> Quant
     """
     outputs, inputs = weight.shape
     size = group_size or inputs
+    if not outputs or not inputs:
+        raise ValueError(f"a matrix of {outputs} outputs and {inputs} inputs holds nothing to round")
     if bits not in (4, 8):
         raise ValueError(f"bits is {bits}, but it must be 4 or 8")
     if inputs % size:
         raise ValueError(f"{inputs} inputs cannot be cut into groups of {size}")
-    grouped = weight.float().view(outputs, -1, size)
+    rows = max(1, _SLICE // inputs)
+    parts = [_round(weight[start : start + rows], bits, size) for start in range(0, outputs, rows)]
+    q, scales, zeros = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return QuantizedWeight(q, scales, zeros, bits)
+
+
+def _round(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    grouped = weight.float().view(len(weight), -1, size)
     levels = (1 << bits) - 1
     if bits == 8:
         largest = grouped.abs().amax(2)
@@ -40,7 +75,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> Quant
         scales = _scales((high - low) / levels)
         zeros = (-low / scales).round().clamp(0, levels)
     q = (grouped / scales[:, :, None] + zeros[:, :, None]).round().clamp(0, levels)
-    return QuantizedWeight(q.to(torch.uint8).view(outputs, inputs), scales.half(), zeros.to(torch.uint8), bits)
+    return q.to(torch.uint8).flatten(1), scales.half(), zeros.to(torch.uint8)
 
 
 def _scales(wanted: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.weights.checkpoint import Checkpoint, read_config
 from millrace.runtime.weights.synthetic import RandomWeights
 
@@ -28,6 +29,7 @@ def load_model(
     *,
     dtype: str = "auto",
     placement: Placement | None = None,
+    quantize: Quantization | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -39,6 +41,7 @@ def load_model(
             where the kernels read them directly, and widens all others. Arithmetic is float32 either way. With a
             placement it stays "auto": everything is of the type that the placement computes in.
         placement: a GPU and its backends; None is the CPU.
+        quantize: how matrices are rounded as they are read, on the CPU; None keeps them as they are.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
 
@@ -50,7 +53,9 @@ def load_model(
     length = _model_len(decl, max_model_len)
     checkpoint = Checkpoint(path)
     names = _match(decl, checkpoint, path)
-    source = _CheckpointWeights(checkpoint, names, _storage(dtype, placement), placement or Placement())
+    source = _CheckpointWeights(
+        checkpoint, names, _storage(dtype, placement), placement or Placement(quantize=quantize)
+    )
     return decl.build(source, length, progress or _silent)
 
 
@@ -60,6 +65,7 @@ def random_model(
     *,
     dtype: str = "auto",
     placement: Placement | None = None,
+    quantize: Quantization | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -71,7 +77,7 @@ def random_model(
     decl = declare(config)
     automatic = dtype == "auto" and placement is None
     stored = torch.float32 if automatic else _storage(dtype, placement)[torch.float32]
-    source = RandomWeights(decl.tensors(), seed, stored, stored, placement)
+    source = RandomWeights(decl.tensors(), seed, stored, stored, placement or Placement(quantize=quantize))
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
 
 
