@@ -4,9 +4,10 @@
 
 It runs from a checkout without installing anything, and needs the packages of a CUDA machine: torch, numpy and cupy for
 the kernels; msgspec, structlog, prometheus_client, safetensors, tokenizers and jinja2 for whole models and the engine;
-transformers beside them; compute-sanitizer where a toolkit has it. A part whose packages are missing is skipped and
-said so. Each part runs in a process of its own, since a kernel that faults takes the process's device with it; what the
-part had reported until then is kept. Floors come from the ceilings that the same run measures.
+transformers beside them; compute-sanitizer where a toolkit has it. Where nothing can be installed, wheels brought along
+do (`pip download` elsewhere, `pip install --target DIR`, PYTHONPATH=DIR). A part whose packages are missing is skipped,
+and the report says so. Each part runs in a process of its own, since a kernel that faults takes the process's device
+with it; what the part had reported until then is kept. Floors come from the ceilings that the same run measures.
 
 Exit status: 0; 1 if a check failed or a part broke; 2 without a CUDA device or for wrong arguments.
 """

@@ -137,7 +137,10 @@ def decode_sweep(context: Context, place: Place, timer: Timer, chosen: list[Load
                 flashinfer = False
                 context.note("flashinfer", f"left out: {type(error).__name__}: {error}"[:200])
         if load.kv_bytes <= 4e9:
-            value = timer.seconds(sdpa_works(load, min(sets, 16), place.device), 10) * 1e6
+            try:
+                value = timer.seconds(sdpa_works(load, min(sets, 16), place.device), 10) * 1e6
+            except torch.OutOfMemoryError:
+                continue  # without a fused kernel it makes copies of the keys for each head of a group
             context.row(timed(name, f"torch SDPA, {load}", value, "us", floor, note="contiguous keys"))
 
 

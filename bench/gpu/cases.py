@@ -1,7 +1,13 @@
 """Every kernel on the device against float64, and against the host shim from the same inputs."""
 
+import contextlib
+import math
+import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,22 +15,51 @@ from torch import Tensor
 from gpu.case_list import Case, Checked, Place, cases, error_of
 from gpu.context import Context
 from gpu.plan import Row
+from millrace.kernels.cuda_compile import Kernel, read_source
+from millrace.kernels.cuda_launch import CupyLauncher, Launcher
 
 SHIM_TOLERANCE = 2.0  # times a case's own: both round, and each in its own order
 
 
 def device_place() -> Place:
-    from millrace.kernels.cuda_launch import CupyLauncher
-
+    torch.zeros(1, device="cuda")  # modules are loaded into the context that torch makes current
     return Place(CupyLauncher(0), "cuda", torch.cuda.current_stream().cuda_stream)
 
 
-def shim_place() -> Place | None:
-    """The host shim, where there is a C++ compiler for it."""
+def shim_place(sm_count: int) -> Place | None:
+    """The host shim, where there is a C++ compiler for it; of as many multiprocessors, so that work is split alike."""
     from shim.build import compiler
     from shim.launcher import ShimLauncher
 
-    return None if compiler() is None else Place(ShimLauncher(), "cpu", 0)
+    return None if compiler() is None else Place(ShimLauncher(sm_count=sm_count), "cpu", 0)
+
+
+class Recorder:
+    """A launcher that only notes what would be launched."""
+
+    def __init__(self, like: Launcher) -> None:
+        self.device_type, self.sm_count = like.device_type, like.sm_count
+        self.kernels: dict[Kernel, None] = {}
+
+    def launch(self, kernel: Kernel, *rest: Any, **more: Any) -> None:
+        self.kernels[kernel] = None
+
+
+def kernels_of(chosen: list[Case], place: Place) -> list[Kernel]:
+    """What the cases launch: known beforehand, it is compiled on all processors at once."""
+    recorder = Recorder(place.launcher)
+    for case in chosen:
+        # Nothing is computed, so that a case may stumble over what it finds.
+        with contextlib.suppress(Exception):
+            seeded(case, place._replace(launcher=recorder))
+    return list(recorder.kernels)
+
+
+def build_shim(kernels: list[Kernel], folder: Path) -> None:
+    from shim.build import build
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda kernel: build(kernel, folder, read_source), kernels))
 
 
 def seeded(case: Case, place: Place) -> Checked:
@@ -45,39 +80,43 @@ def check(
     context: Context,
     chosen: list[Case],
     place: Place,
-    shim: Place | None,
+    shim: Place | None = None,
     settle: Callable[[], None] = lambda: torch.cuda.synchronize(),
 ) -> None:
-    """One row for each group of cases, with its worst error; another one for the shim's.
+    """One row for each group of cases with its worst error, against the reference, or against the shim if it is given.
 
     A case that raises fails its group; a device that has failed ends the part.
     """
     for group in dict.fromkeys(case.group for case in chosen):
-        members = [case for case in chosen if case.group == group]
+        name = f"{group} vs {'reference' if shim is None else 'shim'}"
         if context.left < 2:
-            context.say(f"   {group} and what follows: no time left")
+            context.say(f"   {name} and what follows: no time left")
             return
-        for against in ("reference", "shim") if shim is not None else ("reference",):
-            errors: list[tuple[float, float, str]] = []  # share of the tolerance, error, case
-            note = ""
-            for case in members:
-                try:
-                    checked = seeded(case, place)
-                    settle()
-                    error, tolerance = worst(checked), checked.tolerance
-                    if against == "shim" and shim is not None:
-                        error = differing(checked.got, seeded(case, shim).got)
-                        tolerance = max(SHIM_TOLERANCE * checked.tolerance, 0.0)
-                    share = error / tolerance if tolerance else (0.0 if error == 0 else float("inf"))
-                    errors.append((share, error, case.name))
-                except Exception as error:
-                    note = f"{case.name}: {type(error).__name__}: {error}"[:300]
-                    settle()  # raises if the device is lost
-            share, error, name = max(errors, default=(float("inf"), float("inf"), ""))
-            failed = bool(note) or not share <= 1.0
-            text = note or f"{len(members)} cases; worst is {name} at {share:.0%} of what is allowed"
-            context.row(Row(context.part.name, f"{group} vs {against}", _finite(error), "relative", note=text,
-                            failed=failed))  # fmt: skip
+        members = [case for case in chosen if case.group == group]
+        context.row(_group_row(context, name, members, place, shim, settle))
+
+
+def _group_row(
+    context: Context, name: str, members: list[Case], place: Place, shim: Place | None, settle: Callable[[], None]
+) -> Row:
+    found: list[tuple[float, float, str]] = []  # share of the tolerance, error, case
+    note = ""
+    for case in members:
+        try:
+            checked = seeded(case, place)
+            settle()
+            error, tolerance = worst(checked), checked.tolerance
+            if shim is not None:
+                error, tolerance = differing(checked.got, seeded(case, shim).got), SHIM_TOLERANCE * checked.tolerance
+            share = error / tolerance if tolerance else (0.0 if error == 0 else math.inf)
+            found.append((share, error, case.name))
+        except Exception as raised:
+            note = f"{case.name}: {type(raised).__name__}: {raised}"[:300]
+            settle()  # raises if the device is lost
+    share, error, case_name = max(found, default=(math.inf, math.inf, ""))
+    text = note or f"{len(members)} cases; worst is {case_name} at {share:.0%} of what is allowed"
+    failed = bool(note) or not share <= 1.0
+    return Row(context.part.name, name, _finite(error), "relative", note=text, failed=failed)
 
 
 def _finite(error: float) -> float:
@@ -87,7 +126,17 @@ def _finite(error: float) -> float:
 
 def run(context: Context) -> None:
     chosen = [case for case in cases() if case.small or not context.small]
-    shim = None if context.small else shim_place()
-    if shim is None and not context.small:
+    place = device_place()
+    kernels = kernels_of(chosen, place)
+    launcher: Any = place.launcher
+    launcher.prepare(kernels)
+    check(context, chosen, place)
+    if context.small:
+        return
+    shim = shim_place(launcher.sm_count)
+    if shim is None:
         context.say("   no g++ or clang++: the device is not compared with the host shim")
-    check(context, chosen, device_place(), shim)
+        return
+    beside: Any = shim.launcher
+    build_shim(kernels, beside.cache_dir)
+    check(context, chosen, place, shim)

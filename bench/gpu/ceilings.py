@@ -4,6 +4,7 @@ import torch
 
 from gpu.context import Context
 from gpu.plan import Row
+from gpu.report import smi
 from gpu.timing import CudaTimer, Timer, free_bytes
 
 COPY_BYTES = 4 << 30  # far larger than any L2; read once and written once
@@ -33,3 +34,4 @@ def run(context: Context) -> None:
     size = max(rates, key=lambda size: rates[size])
     context.row(Row(context.part.name, "gemm", rates[size] / 1e12, "TFLOP/s", note=f"bf16 {size}x{size}x{size}"))
     context.note("gemm_tflops", {str(size): rate / 1e12 for size, rate in rates.items()})
+    context.note("clocks", smi(("clocks.sm", "clocks.mem", "power.draw")))  # just behind the products

@@ -3,7 +3,6 @@ a layer launches. The engine around it is measured by `engine`."""
 
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ def run(context: Context) -> None:
     place, driver, timer = device_place(), TorchDriver(0), CudaTimer()
     stream = torch.cuda.Stream()
     # A graph cannot be captured on the default stream.
-    with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+    with torch.inference_mode(), torch.cuda.stream(stream):
         place = place._replace(stream=stream.cuda_stream)
         launches(context, place, driver, name, count_kernels)
         model = random_model(preset(name), placement=placement(place, driver, max(BATCHES[name])), max_model_len=4096)

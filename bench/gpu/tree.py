@@ -48,4 +48,5 @@ def use_tree(root: Path = ROOT) -> None:
         if where != (root / "kernels").resolve():
             raise RuntimeError(f"millrace is imported from {where.parent} already, not from {root}")
         return
-    sys.meta_path.insert(0, TreeFinder(root))
+    if not any(isinstance(finder, TreeFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TreeFinder(root))

@@ -1,14 +1,17 @@
 """bench/gpu_check.py as a command, on a machine without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_check
 import pytest
 import torch
-from gpu.plan import BY_NAME
+from gpu.floors import Ceilings
+from gpu.plan import BY_NAME, Outcome, Part, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -43,6 +46,36 @@ def test_without_torch() -> None:
     assert "no GPU to check: torch cannot be imported" in done.stderr
 
 
+def test_the_whole_way_with_faked_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    properties = SimpleNamespace(
+        name="None 1", major=9, minor=0, multi_processor_count=132, total_memory=1 << 36, L2_cache_size=50 << 20
+    )
+    given: list[tuple[str, Ceilings | None]] = []
+
+    def run_child(part: Part, seconds: float, ceilings: Ceilings | None) -> tuple[Outcome, list[Row], dict[str, int]]:
+        given.append((part.name, ceilings))
+        if part.name == "ceilings":
+            rows = [Row(part.name, "copy", 3000.0, "GB/s"), Row(part.name, "gemm", 800.0, "TFLOP/s")]
+            return Outcome(part.name, "ok"), rows, {"clocks": 1}
+        return Outcome(part.name, "failed", "the device is lost"), [], {}
+
+    monkeypatch.setattr(gpu_check, "no_device", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(gpu_check, "run_child", run_child)
+    monkeypatch.setattr("gpu.plan.importlib.util.find_spec", lambda name: name)
+    file = tmp_path / "result.json"
+    assert gpu_check.main(["--only", "attention", "--json", str(file)]) == 1
+    assert given == [("ceilings", None), ("attention", Ceilings(3e12, 8e14))]
+    data = json.loads(file.read_text())
+    assert (data["device"], data["capability"], data["notes"]) == ("None 1", "9.0", {"ceilings.clocks": 1})
+    assert [part["state"] for part in data["parts"]] == ["ok", "failed"]
+    assert {"driver", "cuda", "versions", "revision", "date", "rows", "seconds", "smi_before"} <= data.keys()
+    assert "attention failed: the device is lost" in capsys.readouterr().out
+    assert gpu_check.main(["--only", "ceilings", "--json", str(file)]) == 0
+
+
 @without_gpu
 def test_a_child_that_breaks_is_a_failed_part() -> None:
     outcome, rows, notes = gpu_check.run_child(BY_NAME["ceilings"], 60.0, None)
@@ -56,11 +89,10 @@ def test_the_tree_is_imported_without_being_installed() -> None:
         f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
         "from gpu.tree import use_tree; use_tree(); use_tree()\n"
         "import millrace.kernels, millrace.runtime, millrace.runtime.text, millrace.runtime.cuda\n"
-        "import millrace.kernels.cuda_compile as c\n"
-        "print(millrace.runtime.cuda.__file__, c.resolve('norm.cu')[:5])"
+        "print(millrace.runtime.cuda.__file__, *millrace.kernels.__path__)"
     )
     done = command("-c", program, isolated=True)
-    assert done.stdout.split() == [str(ROOT / "runtime" / "cuda" / "__init__.py"), "#line"], done.stderr
+    assert done.stdout.split() == [str(ROOT / "runtime" / "cuda" / "__init__.py"), str(ROOT / "kernels")], done.stderr
 
 
 def test_another_tree_is_refused(tmp_path: Path) -> None:
