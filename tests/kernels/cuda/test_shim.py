@@ -188,7 +188,7 @@ MISDEEDS = {
     20: r"__trap\(\)",
     21: r"ldmatrix.*exited|the thread exited while lane \d+ waits for it in ldmatrix",
     22: r"local variables of over 96 KB",
-    23: r"a trap that g\+\+ put",
+    23: r"a trap that g\+\+ put|arithmetic fault",
     24: r"__activemask\(\) has no defined value",
 }
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 HEADERS = ("emu.h", "emu_warp.h", "emu_memory.h", "emu_fibers.h")
 # -fno-gnu-unique and -Bsymbolic: every library has its own fibers and shared memory, though all use the same names.
 FLAGS = (
-    "-std=c++17", "-O2", "-w", "-fPIC", "-fno-strict-aliasing", "-fno-threadsafe-statics", "-fno-exceptions",
+    "-std=c++17", "-O1", "-w", "-fPIC", "-fno-strict-aliasing", "-fno-threadsafe-statics", "-fno-exceptions",
     "-fno-rtti", "-fno-gnu-unique", "-fno-stack-protector", "-fstack-clash-protection", "-U_FORTIFY_SOURCE",
 )  # fmt: skip
 LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
