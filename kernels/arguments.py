@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from millrace.kernels.quantized import QuantizedWeight
+
 BLOCK_SIZE = 16  # token slots per KV block
 
 T = TypeVar("T")
@@ -122,22 +124,10 @@ class PackArgs(NamedTuple):
     activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
 
 
-class QuantizedWeight(NamedTuple):
-    """A matrix [out, in] as integers: weight = scale * (q - zero), with one scale and zero for each group of inputs."""
-
-    q: Tensor  # [out, in] uint8, 0 .. 2 ** bits - 1
-    scales: Tensor  # [out, in // group_size] float16
-    zeros: Tensor  # [out, in // group_size] uint8
-    bits: int  # 8 or 4
-
-    @property
-    def group_size(self) -> int:
-        return self.q.shape[1] // self.scales.shape[1]
-
-
 class QuantizedArgs(NamedTuple):
     weight: QuantizedWeight
     bias: Tensor | None  # [out]
+    activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
 
 
 class EmbeddingArgs(NamedTuple):

@@ -46,8 +46,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_decoder": ([_P, _P, _P, _P], ctypes.c_int64),
     "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
     "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
-    "mr_quantized_rows": ([_P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
-    "mr_quantized_linear": ([_P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
+    "mr_quantized_rows": ([_P, _P, _P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
+    "mr_quantized_linear": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
@@ -87,6 +87,8 @@ class CpuBackend(Backend):
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
         if not args.weight.q.is_cpu:
             return _elsewhere(args.weight.q)
+        if args.activation != torch.float32:
+            return Refusal(f"it has no product of {args.activation} by integers")
         if args.weight.group_size % 4:
             return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
         return CpuQuantized(self._library, args.weight, args.bias)

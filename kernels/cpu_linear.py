@@ -13,7 +13,8 @@ class MatrixC(ctypes.Structure):
 
     _fields_ = [
         ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("out", ctypes.c_int64), ("in_", ctypes.c_int64),
-        ("bits", ctypes.c_int64), ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int64), ("group", ctypes.c_int64), ("codebook", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -41,7 +42,7 @@ class CpuLinear(PackedLinear):
         """The matrix as decoder.cpp knows it; it must not outlive this object."""
         return MatrixC(
             self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features,
-            16 if self._is_bf16 else 32, 0,
+            16 if self._is_bf16 else 32, 0, None, None,
         )  # fmt: skip
 
     def apply(self, x: Tensor, y: Tensor) -> None:

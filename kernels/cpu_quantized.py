@@ -5,8 +5,13 @@ import ctypes
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import PackedLinear, QuantizedWeight
+from millrace.kernels.arguments import PackedLinear
 from millrace.kernels.cpu_linear import MatrixC
+from millrace.kernels.quantized import QuantizedWeight
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class CpuQuantized(PackedLinear):
@@ -25,30 +30,37 @@ class CpuQuantized(PackedLinear):
         self._bias = torch.zeros(-(-self.out_features // width) * width)
         if bias is not None:
             self._bias[: self.out_features] = bias
+        self._order = weight.order
+        self._codebook, zeros = None, weight.zeros
+        if weight.codebook is not None:  # the dot products take unsigned bytes
+            self._codebook, zeros = (weight.codebook.short() + 128).to(torch.uint8), zeros + 128
         library.mr_quantized_pack(
-            weight.q.data_ptr(), weight.scales.data_ptr(), weight.zeros.data_ptr(), self._packed.data_ptr(), *shape,
+            weight.q.data_ptr(), weight.scales.data_ptr(), zeros.data_ptr(), self._packed.data_ptr(), *shape,
             torch.get_num_threads(),
         )  # fmt: skip
-        self.weight_bytes = self._packed.nbytes + self._bias.nbytes
+        kept = (self._packed, self._bias, self._codebook, self._order)
+        self.weight_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def matrix_c(self) -> MatrixC:
         """The matrix as decoder.cpp knows it; it must not outlive this object."""
         return MatrixC(
-            self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._bits, self._group
-        )
+            self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._bits,
+            self._group, _pointer(self._codebook), _pointer(self._order),
+        )  # fmt: skip
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         self._library.mr_quantized_linear(
-            x.data_ptr(), self._packed.data_ptr(), self._bias.data_ptr(), y.data_ptr(), x.shape[0], self.out_features,
-            self.in_features, self._group, self._bits, torch.get_num_threads(),
+            x.data_ptr(), self._packed.data_ptr(), _pointer(self._codebook), _pointer(self._order),
+            self._bias.data_ptr(), y.data_ptr(), x.shape[0], self.out_features, self.in_features, self._group,
+            self._bits, torch.get_num_threads(),
         )  # fmt: skip
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         tokens = tokens.contiguous()
         y = torch.empty(tokens.shape[0], self.in_features)
         bad = self._library.mr_quantized_rows(
-            self._packed.data_ptr(), tokens.data_ptr(), y.data_ptr(), tokens.shape[0], self.out_features,
-            self.in_features, self._group, self._bits,
+            self._packed.data_ptr(), _pointer(self._codebook), _pointer(self._order), tokens.data_ptr(), y.data_ptr(),
+            tokens.shape[0], self.out_features, self.in_features, self._group, self._bits,
         )  # fmt: skip
         if bad:
             raise IndexError(f"row_lookup: token {int(tokens[bad - 1])} is outside the table of {self.out_features}")

@@ -28,7 +28,6 @@ from millrace.kernels.arguments import (
     PackedDecoder,
     PackedLinear,
     QuantizedArgs,
-    QuantizedWeight,
     Refusal,
     RopeArgs,
     RopeKvArgs,
@@ -36,6 +35,7 @@ from millrace.kernels.arguments import (
     describe,
 )
 from millrace.kernels.dispatch import Backends, UnservedError, default_backends, prepare, serve
+from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
 
 __all__ = [
     "BLOCK_SIZE",
@@ -115,7 +115,13 @@ def pack_linear(
     return packed
 
 
-def pack_quantized(weight: QuantizedWeight, bias: Tensor | None = None, *, backends: Backends = None) -> PackedLinear:
+def pack_quantized(
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: torch.dtype = torch.float32,
+    backends: Backends = None,
+) -> PackedLinear:
     """As `pack_linear`, for a matrix of 8 or 4 bits: weight = scale * (q - zero), group by group of its inputs.
 
     The C++ backend also rounds activations to 8 bits, with a scale for each row and group; torch does not.
@@ -130,13 +136,21 @@ def pack_quantized(weight: QuantizedWeight, bias: Tensor | None = None, *, backe
     groups = weight.scales.shape[1]
     if not groups or q.shape[1] % groups:
         raise _refuse(op, "scales", weight.scales, f"of as many columns as groups divide {q.shape[1]} inputs")
-    _check(op, "zeros", weight.zeros, (q.shape[0], groups), (torch.uint8,))
-    largest = max(int(q.max()), int(weight.zeros.max()))
+    _check(op, "zeros", weight.zeros, (q.shape[0], groups), (torch.float16,))
+    largest = int(q.max())
     if largest >= 1 << weight.bits:
-        raise ValueError(f"{op}: q or zeros reach {largest}, but {weight.bits} bits hold 0 to {(1 << weight.bits) - 1}")
+        raise ValueError(f"{op}: q reaches {largest}, but {weight.bits} bits hold 0 to {(1 << weight.bits) - 1}")
+    if weight.codebook is not None:
+        _check(op, "codebook", weight.codebook, (CODEBOOK_SIZE,), (torch.int8,))
+        if weight.bits != 4:
+            raise ValueError(f"{op}: bits is {weight.bits}, but with a codebook it must be 4")
+    if weight.order is not None:
+        _check(op, "order", weight.order, (q.shape[1],), _LONG)
+        if not torch.equal(weight.order.sort().values, torch.arange(q.shape[1], device=q.device)):
+            raise ValueError(f"{op}: order must hold each of the {q.shape[1]} inputs once")
     if bias is not None:
         _check(op, "bias", bias, (q.shape[0],), _WEIGHT)
-    packed: PackedLinear = serve(op, QuantizedArgs(weight, bias), backends)
+    packed: PackedLinear = serve(op, QuantizedArgs(weight, bias, activation), backends)
     return packed
 
 

@@ -16,11 +16,11 @@ from millrace.kernels.arguments import (
     PackArgs,
     PackedLinear,
     QuantizedArgs,
-    QuantizedWeight,
     Refusal,
     RopeArgs,
     WriteKvArgs,
 )
+from millrace.kernels.quantized import QuantizedWeight
 
 _WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which stays in the last-level cache
 
@@ -56,40 +56,41 @@ class TorchQuantized(PackedLinear):
 
     dtype = torch.uint8
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: torch.dtype) -> None:
         q = weight.q
+        self.activation = activation
         self.out_features, self.in_features = q.shape
         self._is_paired = weight.bits == 4 and self.in_features % 2 == 0
-        self._q = q[:, 0::2] | q[:, 1::2] << 4 if self._is_paired else q
-        self._scales, self._zeros, self._group = weight.scales, weight.zeros, weight.group_size
-        self._bias = None if bias is None else bias.float()
-        kept = (self._q, self._scales, self._zeros, *(() if self._bias is None else (self._bias,)))
-        self.weight_bytes = sum(tensor.nbytes for tensor in kept)
+        self._weight = weight._replace(q=q[:, 0::2] | q[:, 1::2] << 4) if self._is_paired else weight
+        self._bias = None if bias is None else bias.to(activation)
+        kept = (*self._weight[:3], weight.codebook, weight.order, self._bias)
+        self.weight_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
 
-    def _widened(self, q: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-        """[rows, in_features] float32."""
+    def _widened(self, rows: slice | Tensor) -> Tensor:
+        """[rows, in_features] of the activations' type."""
+        kept = self._weight
+        q = kept.q[rows]
         if self._is_paired:
             q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
-        grouped = q.float().view(*scales.shape, self._group)
-        return ((grouped - zeros[:, :, None]) * scales[:, :, None].float()).flatten(1)
+        return kept._replace(q=q, scales=kept.scales[rows], zeros=kept.zeros[rows]).widen().to(self.activation)
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         rows = max(1, _WIDEN_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, rows):
             part = slice(start, start + rows)
-            y[:, part] = x @ self._widened(self._q[part], self._scales[part], self._zeros[part]).t()
+            y[:, part] = x @ self._widened(part).t()
         if self._bias is not None:
             y += self._bias
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
-        return self._widened(*(kept.index_select(0, tokens) for kept in (self._q, self._scales, self._zeros)))
+        return self._widened(tokens)
 
 
 class TorchBackend(Backend):
     name = "torch"
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear:
-        return TorchQuantized(args.weight, args.bias)
+        return TorchQuantized(args.weight, args.bias, args.activation)
 
     def pack_linear(self, args: PackArgs) -> PackedLinear:
         return TorchLinear(args.weight, args.bias, args.activation)

@@ -14,6 +14,8 @@ struct Matrix {
     const void* weight;  // packed
     const float* bias;   // padded
     int64_t out, in, bits, group;  // 32: float, 16: bfloat, 8 and 4: quantised in groups
+    const uint8_t* codebook;       // of 4 bits, or null
+    const int64_t* order;          // of the inputs, or null
 };
 
 struct Norm {
@@ -56,8 +58,8 @@ struct Pass {
         if (matrix.bits >= 16)
             mr_linear(x, matrix.weight, matrix.bits == 16, matrix.bias, y, rows, matrix.out, matrix.in, threads);
         else
-            mr_quantized_linear(x, (const uint8_t*)matrix.weight, matrix.bias, y, rows, matrix.out, matrix.in,
-                                matrix.group, matrix.bits, threads);
+            mr_quantized_linear(x, (const uint8_t*)matrix.weight, matrix.codebook, matrix.order, matrix.bias, y, rows,
+                                matrix.out, matrix.in, matrix.group, matrix.bits, threads);
     }
     // y = norm(x + residual), where residual takes the sum; without a residual y = norm(x).
     void norm(const Norm& norm, const float* x, float* residual, float* y, long rows) const {

@@ -18,5 +18,6 @@ EXPORT long mr_attention(const float* q, const float* k_cache, const float* v_ca
                          const int32_t* context_lens, const int32_t* block_tables, float* out, long num_seqs,
                          long max_blocks, long num_blocks, long num_heads, long num_kv_heads, long dim, long q_stride,
                          long window, float scale, int threads);
-EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const float* bias, float* y, long m, long n, long k,
-                                long group, int bits, int threads);
+EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const uint8_t* codebook, const int64_t* order,
+                                const float* bias, float* y, long m, long n, long k, long group, int bits,
+                                int threads);

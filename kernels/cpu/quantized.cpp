@@ -4,8 +4,9 @@
 //
 //   y[r][j] = b[j] + sum over groups g of scale[j][g] * x_scale[r][g] * (sum q x - zero[j][g] * sum x)
 //
-// Packed layout: [panel][group]: PW scales (float16), PW zeros (uint8), then for each four inputs 8 bits: [2][VL][4]
+// Packed layout: [panel][group]: PW scales (float16), PW zeros (float16), then for each four inputs 8 bits: [2][VL][4]
 // bytes, 4 bits: [VL][4] bytes whose low nibbles are the panel's first VL outputs and whose high nibbles the others.
+// With a codebook a nibble stands for one of its 16 bytes, all moved up by 128, as the zeros are.
 // Sums over a group are exact and groups are added in order: a row's result has the same bits in every batch.
 
 #include "common.h"
@@ -20,7 +21,7 @@
 namespace {
 
 constexpr int PW = 2 * VL;               // outputs per panel
-constexpr long HEADER = PW * 3;          // bytes of scales and zeros of a panel's group
+constexpr long HEADER = PW * 4;          // bytes of scales and zeros of a panel's group
 constexpr long BLOCK_BYTES = 512 << 10;  // quantised rows that stay in L2 beside a panel
 constexpr long STREAM_AHEAD = 4096;      // bytes fetched ahead in the weight stream
 constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
@@ -28,7 +29,6 @@ constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
 typedef uint8_t bytes_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
 typedef _Float16 halves_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
 typedef int8_t small_signed __attribute__((vector_size(VL)));
-typedef uint8_t small_any __attribute__((vector_size(VL), aligned(1), may_alias));
 
 // sum + the dot products of four unsigned bytes of w with four signed bytes of x, in each 32-bit lane.
 INLINE vi dot(vi sum, vi w, vi x) {
@@ -56,6 +56,8 @@ INLINE vi dot(vi sum, vi w, vi x) {
 struct Problem {
     const float* x;       // [m][k]
     const uint8_t* w;     // packed
+    const uint8_t* codebook;  // [16], or null
+    const int64_t* order;     // [k], the input that a column multiplies, or null
     const float* bias;    // [panels * PW]
     float* y;             // [m][n]
     long m, n, k, group;  // group divides k
@@ -72,8 +74,15 @@ struct Rows {
 };
 
 void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t* values, float* scales, float* sums) {
+    static thread_local Scratch ordered_space;
+    const float* inputs = p.x + row * p.k;
+    if (p.order) {
+        float* ordered = ordered_space.get(p.k);
+        for (long i = 0; i < p.k; i++) ordered[i] = inputs[p.order[i]];
+        inputs = ordered;
+    }
     for (long g = 0; g < p.groups(); g++) {
-        const float* from = p.x + row * p.k + g * p.group;
+        const float* from = inputs + g * p.group;
         vf top{}, broken{};  // a NaN or an infinity, which a maximum may pass by, must come out again
         long i = 0;
         for (; i + VL <= p.group; i += VL) {
@@ -110,6 +119,22 @@ void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t*
     }
 }
 
+// Bytes 0 .. 15 of `indices` replaced by those of the codebook, which is there VL / 4 times over.
+INLINE vi look_up(vi codebook, vi indices) {
+#if defined(__AVX512BW__)
+    return (vi)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)indices);
+#elif defined(__AVX2__)
+    return (vi)_mm256_shuffle_epi8((__m256i)codebook, (__m256i)indices);
+#else
+    uint8_t book[VL * 4], bytes[VL * 4];
+    memcpy(book, &codebook, sizeof book);
+    memcpy(bytes, &indices, sizeof bytes);
+    for (uint8_t& byte : bytes) byte = book[byte];
+    memcpy(&indices, bytes, sizeof bytes);
+    return indices;
+#endif
+}
+
 template <int BITS>
 INLINE void load_bytes(const uint8_t* from, vi* low, vi* high) {
     vi word = (vi)(*(const bytes_any*)from);
@@ -128,7 +153,7 @@ INLINE vi splat_bytes(const int8_t* from) {
     return word - vi{};
 }
 
-template <int BITS, int R>
+template <int BITS, bool BOOK, int R>
 void tile(const Problem& p, const int8_t* values, const float* scales, const float* sums, const uint8_t* w,
           const float* bias, float* c, long c_stride) {
     constexpr long step = VL * BITS;  // bytes of four inputs: VL * 4 for 4 bits, twice that for 8
@@ -138,6 +163,9 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
         low[r] = load(bias);
         high[r] = load(bias + VL);
     }
+    vi book{};
+    if constexpr (BOOK)
+        for (long i = 0; i < VL; i += 4) memcpy((char*)&book + i * 4, p.codebook, 16);
     for (long g = 0; g < p.groups(); g++, w += p.group_bytes(), scales += R, sums += R) {
         vi sum_low[R], sum_high[R];
 #pragma GCC unroll 16
@@ -147,6 +175,10 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
             for (long line = 0; line < step; line += 64) __builtin_prefetch(from + STREAM_AHEAD + line, 0, 2);
             vi w_low, w_high;
             load_bytes<BITS>(from, &w_low, &w_high);
+            if constexpr (BOOK) {
+                w_low = look_up(book, w_low);
+                w_high = look_up(book, w_high);
+            }
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 vi x = splat_bytes(values + r * 4);
@@ -156,8 +188,8 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
         }
         const vf scale_low = __builtin_convertvector(*(const halves_any*)w, vf);
         const vf scale_high = __builtin_convertvector(*(const halves_any*)(w + VL * 2), vf);
-        const vf zero_low = __builtin_convertvector(*(const small_any*)(w + PW * 2), vf);
-        const vf zero_high = __builtin_convertvector(*(const small_any*)(w + PW * 2 + VL), vf);
+        const vf zero_low = __builtin_convertvector(*(const halves_any*)(w + PW * 2), vf);
+        const vf zero_high = __builtin_convertvector(*(const halves_any*)(w + PW * 2 + VL * 2), vf);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const vf sum = splat(sums[r]), scale = splat(scales[r]);
@@ -174,19 +206,19 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
 
 using Tile = void (*)(const Problem&, const int8_t*, const float*, const float*, const uint8_t*, const float*, float*,
                       long);
-template <int BITS, int... R>
+template <int BITS, bool BOOK, int... R>
 struct Tiles {
-    static constexpr Tile table[] = {nullptr, tile<BITS, R>...};
+    static constexpr Tile table[] = {nullptr, tile<BITS, BOOK, R>...};
 };
 #if defined(__AVX512F__) || defined(__aarch64__)
-template <int BITS>
-using AllTiles = Tiles<BITS, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+template <int BITS, bool BOOK>
+using AllTiles = Tiles<BITS, BOOK, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
 #else
-template <int BITS>
-using AllTiles = Tiles<BITS, 1, 2, 3, 4, 5, 6>;
+template <int BITS, bool BOOK>
+using AllTiles = Tiles<BITS, BOOK, 1, 2, 3, 4, 5, 6>;
 #endif
 
-template <int BITS>
+template <int BITS, bool BOOK>
 void multiply(const Problem& p, int threads) {
     static thread_local Scratch value_space, scale_space, sum_space;
     const Rows rows(p.m);
@@ -221,7 +253,7 @@ void multiply(const Problem& p, int threads) {
                     const long first = rows.begin(t), height = rows.begin(t + 1) - first;
                     float* y = p.y + first * p.n + index * PW;
                     const bool whole = columns == PW;
-                    AllTiles<BITS>::table[height](p, values + first * p.k, scales + first * groups,
+                    AllTiles<BITS, BOOK>::table[height](p, values + first * p.k, scales + first * groups,
                                                   sums + first * groups, w, p.bias + index * PW, whole ? y : edge,
                                                   whole ? p.n : PW);
                     for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
@@ -238,8 +270,8 @@ EXPORT int64_t mr_quantized_bytes(long n, long k, long group, int bits) {
     return ceil_div(n, PW) * (k / group) * (HEADER + group * PW * bits / 8);
 }
 
-// q [n][k] of 0 .. 2^bits - 1, scales [n][k / group] float16 bits, zeros [n][k / group] -> packed.
-EXPORT void mr_quantized_pack(const uint8_t* q, const uint16_t* scales, const uint8_t* zeros, uint8_t* out, long n,
+// q [n][k] of 0 .. 2^bits - 1, scales and zeros [n][k / group] as the bits of float16 -> packed.
+EXPORT void mr_quantized_pack(const uint8_t* q, const uint16_t* scales, const uint16_t* zeros, uint8_t* out, long n,
                               long k, long group, int bits, int threads) {
     const long groups = k / group, group_bytes = HEADER + group * PW * bits / 8;
     ask_for_huge_pages(out, ceil_div(n, PW) * groups * group_bytes);
@@ -251,7 +283,7 @@ EXPORT void mr_quantized_pack(const uint8_t* q, const uint16_t* scales, const ui
             for (long j = 0; j < least(PW, n - index * PW); j++) {
                 const long row = index * PW + j;
                 memcpy(to + j * 2, scales + row * groups + g, 2);
-                to[PW * 2 + j] = zeros[row * groups + g];
+                memcpy(to + PW * 2 + j * 2, zeros + row * groups + g, 2);
                 const uint8_t* from = q + row * k + g * group;
                 for (long i = 0; i < group; i++) {
                     if (bits == 8)
@@ -264,8 +296,8 @@ EXPORT void mr_quantized_pack(const uint8_t* q, const uint16_t* scales, const ui
 }
 
 // Rows of the original matrix: y [count][k] = scale * (q - zero). Returns 0, or 1 + the index of a bad token.
-EXPORT int64_t mr_quantized_rows(const uint8_t* w, const int64_t* tokens, float* y, long count, long n, long k,
-                                 long group, int bits) {
+EXPORT int64_t mr_quantized_rows(const uint8_t* w, const uint8_t* codebook, const int64_t* order,
+                                 const int64_t* tokens, float* y, long count, long n, long k, long group, int bits) {
     const long groups = k / group, group_bytes = HEADER + group * PW * bits / 8;
     for (long t = 0; t < count; t++)
         if (tokens[t] < 0 || tokens[t] >= n) return t + 1;
@@ -273,26 +305,31 @@ EXPORT int64_t mr_quantized_rows(const uint8_t* w, const int64_t* tokens, float*
         const long index = tokens[t] / PW, j = tokens[t] % PW;
         for (long g = 0; g < groups; g++) {
             const uint8_t* from = w + (index * groups + g) * group_bytes;
-            _Float16 scale;
+            _Float16 scale, zero;
             memcpy(&scale, from + j * 2, 2);
-            const int zero = from[PW * 2 + j];
+            memcpy(&zero, from + PW * 2 + j * 2, 2);
             for (long i = 0; i < group; i++) {
-                const int q = bits == 8 ? from[HEADER + (i / 4 * PW + j) * 4 + i % 4]
-                                        : from[HEADER + (i / 4 * VL + j % VL) * 4 + i % 4] >> (j / VL * 4) & 15;
-                y[t * k + g * group + i] = (float)scale * (float)(q - zero);
+                int q = bits == 8 ? from[HEADER + (i / 4 * PW + j) * 4 + i % 4]
+                                  : from[HEADER + (i / 4 * VL + j % VL) * 4 + i % 4] >> (j / VL * 4) & 15;
+                if (codebook) q = codebook[q];
+                const long column = g * group + i;
+                y[t * k + (order ? order[column] : column)] = (float)scale * ((float)q - (float)zero);
             }
         }
     }
     return 0;
 }
 
-// x [m][k], w packed, bias [ceil(n / PW) * PW], y [m][n].
-EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const float* bias, float* y, long m, long n, long k,
-                                long group, int bits, int threads) {
+// x [m][k], w packed, codebook [16] and order [k] or null, bias [ceil(n / PW) * PW], y [m][n].
+EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const uint8_t* codebook, const int64_t* order,
+                                const float* bias, float* y, long m, long n, long k, long group, int bits,
+                                int threads) {
     if (m == 0) return;
-    const Problem p{x, w, bias, y, m, n, k, group, bits};
-    if (bits == 4)
-        multiply<4>(p, threads);
+    const Problem p{x, w, codebook, order, bias, y, m, n, k, group, bits};
+    if (codebook)
+        multiply<4, true>(p, threads);
+    else if (bits == 4)
+        multiply<4, false>(p, threads);
     else
-        multiply<8>(p, threads);
+        multiply<8, false>(p, threads);
 }

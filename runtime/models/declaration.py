@@ -4,6 +4,7 @@ The same declaration tells which weights must be there, how large they are, and 
 cannot drift apart.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
+from millrace.kernels.quantized import QuantizedWeight, stack_rows
 from millrace.runtime.quant.rounding import Quantization
 
 
@@ -38,9 +40,11 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         """A matrix [out, in] in the layout that multiplies fastest here; `is_output`: it gives the logits."""
         if self.quantize is None:
             return ops.pack_linear(weight, bias, activation=self.activation, backends=self.backends)
-        rounded = self.quantize.round(weight, is_output=is_output)
-        del weight
-        return ops.pack_quantized(rounded, bias, backends=self.backends)
+        return self.pack_quantized(self.quantize.round(weight, is_output=is_output), bias)
+
+    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> ops.PackedLinear:
+        """The same for a matrix that the checkpoint holds as integers."""
+        return ops.pack_quantized(weight, bias, activation=self.activation, backends=self.backends)
 
 
 class WeightSource(Protocol):
@@ -51,6 +55,10 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
+
+    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+        """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or as the integers that it is
+        stored as."""
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The type that a matrix stored as `stored` is kept in."""
@@ -97,39 +105,55 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
                 yield TensorDecl(f"{part.name}.bias", (part.out_features,))
 
     def load(self, source: WeightSource, *, is_output: bool = False) -> ops.PackedLinear:
-        # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
         place = source.placement
-        dtype = source.storage_dtype(source.read(f"{self.parts[0].name}.weight").dtype)
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=place.device)
         has_bias = any(part.bias for part in self.parts)
         bias = torch.zeros(self.out_features, dtype=place.activation, device=place.device) if has_bias else None
-        start = 0
-        for part in self.parts:
-            stop = start + part.out_features
-            stored = source.read(f"{part.name}.weight")
-            weight[start:stop].copy_(stored.t() if self.transposed else stored)
+        starts = list(itertools.accumulate((part.out_features for part in self.parts), initial=0))
+        for part, start in zip(self.parts, starts, strict=False):
             if bias is not None and part.bias:
-                bias[start:stop].copy_(source.read(f"{part.name}.bias"))
-            start = stop
+                bias[start : start + part.out_features].copy_(source.read(f"{part.name}.bias"))
+        first = source.matrix(self.parts[0].name)
+        if isinstance(first, QuantizedWeight):
+            matrices = [first, *(source.matrix(part.name) for part in self.parts[1:])]
+            integers = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
+            joined = stack_rows(integers) if len(integers) == len(matrices) else None
+            if joined is not None:
+                return place.pack_quantized(joined, bias)
+        # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
+        dtype = source.storage_dtype(torch.bfloat16 if isinstance(first, QuantizedWeight) else first.dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=place.device)
+        for part, start in zip(self.parts, starts, strict=False):
+            stored = source.matrix(part.name)
+            wide = stored.widen() if isinstance(stored, QuantizedWeight) else stored
+            weight[start : start + part.out_features].copy_(wide.t() if self.transposed else wide)
         return place.pack(weight, bias, is_output=is_output)
 
 
 class EmbeddingDecl(msgspec.Struct, frozen=True):
-    """A table [rows, width], kept in the storage type of matrices."""
+    """A table [rows, width], kept in the storage type of matrices; <name>.weight in the checkpoint."""
 
     name: str
     rows: int
     width: int
 
     def tensors(self) -> Iterator[TensorDecl]:
-        yield TensorDecl(self.name, (self.rows, self.width))
+        yield TensorDecl(f"{self.name}.weight", (self.rows, self.width))
 
     def load(self, source: WeightSource) -> Tensor:
-        stored = source.read(self.name)
+        stored = source.matrix(self.name)
+        if isinstance(stored, QuantizedWeight):
+            stored = stored.widen().to(torch.bfloat16)
         table = torch.empty(
             self.rows, self.width, dtype=source.storage_dtype(stored.dtype), device=source.placement.device
         )
         return table.copy_(stored)
+
+    def load_tied(self, source: WeightSource) -> ops.PackedLinear:
+        """The table as the matrix that gives the logits; its rows are looked up there too."""
+        stored = source.matrix(self.name)
+        if isinstance(stored, QuantizedWeight):
+            return source.placement.pack_quantized(stored, None)
+        return source.placement.pack(self.load(source), None, is_output=True)
 
 
 class RMSNormDecl(msgspec.Struct, frozen=True):

@@ -231,15 +231,14 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
         """Reads all weights, one module after the other, and makes the model for positions below max_model_len."""
         total = len(self.layers) + 2
         place = source.placement
-        table = self.embedding.load(source)
         look_up: Callable[[Tensor], Tensor]
         if self.lm_head is None:
-            lm_head = place.pack(table, None, is_output=True)
+            lm_head = self.embedding.load_tied(source)
             look_up, table_bytes = lm_head.row_lookup, 0
         else:
+            table = self.embedding.load(source)
             look_up = functools.partial(ops.embedding, weight=table, dtype=place.activation, backends=place.backends)
             table_bytes = table.nbytes
-        del table  # packing may have copied it into a layout of its own
         positions = self.load_positions(source, max_model_len)
         source.release()
         progress(1, total)

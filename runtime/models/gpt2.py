@@ -103,7 +103,7 @@ class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
 
     def load_positions(self, source: WeightSource, max_model_len: int) -> Tensor:
         """The learned embedding, [max_model_len, hidden_size]."""
-        stored = source.read(self.position_embedding.name)[:max_model_len]
+        stored = source.read(f"{self.position_embedding.name}.weight")[:max_model_len]
         place = source.placement
         return torch.empty(stored.shape, dtype=place.activation, device=place.device).copy_(stored)
 
@@ -158,8 +158,8 @@ def declare_gpt2(config: ConfigReader) -> GPT2Decl:
             max_model_len=positions,
             **special_tokens(config),
         ),
-        embedding=EmbeddingDecl("transformer.wte.weight", vocab, hidden),
-        position_embedding=EmbeddingDecl("transformer.wpe.weight", positions, hidden),
+        embedding=EmbeddingDecl("transformer.wte", vocab, hidden),
+        position_embedding=EmbeddingDecl("transformer.wpe", positions, hidden),
         layers=layers,
         final_norm=LayerNormDecl("transformer.ln_f", hidden, eps),
         lm_head=None if tied else LinearDecl(parts=(LinearPart("lm_head", vocab),), in_features=hidden),

@@ -201,7 +201,7 @@ def declare_rotary(
     return RotaryDecl(
         spec=spec,
         rope=rope,
-        embedding=EmbeddingDecl("model.embed_tokens.weight", vocab, hidden),
+        embedding=EmbeddingDecl("model.embed_tokens", vocab, hidden),
         layers=tuple(layer(index, window) for index, window in enumerate(windows)),
         final_norm=RMSNormDecl("model.norm", hidden, eps),
         lm_head=None if tied else LinearDecl(parts=(LinearPart("lm_head", vocab),), in_features=hidden),

@@ -75,7 +75,7 @@ def _round(weight: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor, Tensor
         scales = _scales((high - low) / levels)
         zeros = (-low / scales).round().clamp(0, levels)
     q = (grouped / scales[:, :, None] + zeros[:, :, None]).round().clamp(0, levels)
-    return q.to(torch.uint8).flatten(1), scales.half(), zeros.to(torch.uint8)
+    return q.to(torch.uint8).flatten(1), scales.half(), zeros.half()
 
 
 def _scales(wanted: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
+from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
@@ -113,6 +114,9 @@ class _CheckpointWeights:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._names[name])
 
+    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+        return self.read(f"{name}.weight")
+
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._storage[stored]
 
@@ -151,7 +155,7 @@ def _match(decl: DecoderDecl, checkpoint: Checkpoint, path: Path) -> dict[str, s
     ]
     if decl.lm_head is None and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
-        _check_tied(checkpoint, names[decl.embedding.name])
+        _check_tied(checkpoint, names[f"{decl.embedding.name}.weight"])
     faults = [
         f"{len(found)} {what}: {_listing(found)}"
         for what, found in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen))

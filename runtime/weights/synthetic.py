@@ -170,6 +170,9 @@ class RandomWeights:
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         return torch.empty(decl.shape, device=device).normal_(0.0, _STD, generator=generator).to(self._stored)
 
+    def matrix(self, name: str) -> Tensor:
+        return self.read(f"{name}.weight")
+
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._storage
 

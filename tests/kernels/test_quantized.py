@@ -8,18 +8,22 @@ from numpy.typing import NDArray
 from millrace.kernels import ops
 from millrace.kernels.arguments import Backend
 from millrace.kernels.ops import QuantizedWeight
+from millrace.kernels.quantized import stack_rows
 
 
-def made(n: int, k: int, bits: int, group: int) -> QuantizedWeight:
+def made(n: int, k: int, bits: int, group: int, *, codebook: bool = False, order: bool = False) -> QuantizedWeight:
     q = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
     scales = (torch.rand(n, k // group) * 0.1 + 0.01).half()
-    zeros = torch.randint(0, 1 << bits, (n, k // group), dtype=torch.uint8)
-    return QuantizedWeight(q, scales, zeros, bits)
+    zeros = torch.randint(0, 1 << bits, (n, k // group)).half() + 0.375
+    book = torch.randint(-128, 128, (16,)).to(torch.int8) if codebook else None
+    return QuantizedWeight(q, scales, zeros, bits, book, torch.randperm(k) if order else None)
 
 
 def widened(weight: QuantizedWeight) -> NDArray[np.float64]:
     scales, zeros = (t.double().repeat_interleave(weight.group_size, 1) for t in (weight.scales, weight.zeros))
-    return ((weight.q.double() - zeros) * scales).numpy()
+    values = weight.q.double() if weight.codebook is None else weight.codebook.double()[weight.q.long()]
+    wide = (values - zeros) * scales
+    return (wide if weight.order is None else wide[:, weight.order.argsort()]).numpy()
 
 
 def rounded(x: torch.Tensor, group: int) -> tuple[NDArray[np.float64], float]:
@@ -97,7 +101,43 @@ def test_what_is_not_finite_comes_out_and_stays_in_its_row(backend: Backend, bit
 def test_four_bits_take_about_half_a_byte(compiled: Backend) -> None:
     weight = made(256, 1024, 4, 128)
     linear = ops.pack_quantized(weight, backends=[compiled])
-    assert linear.weight_bytes < weight.q.numel() * 0.53
+    assert linear.weight_bytes < weight.q.numel() * 0.54
+
+
+@pytest.mark.parametrize(("codebook", "order"), [(True, False), (False, True), (True, True)])
+def test_codebooks_and_orders_of_the_inputs(backend: Backend, codebook: bool, order: bool) -> None:
+    weight = made(77, 96, 4, 32, codebook=codebook, order=order)
+    np.testing.assert_allclose(weight.widen().numpy(), widened(weight), rtol=1e-6)
+    linear = ops.pack_quantized(weight, backends=[backend])
+    tokens = torch.tensor([0, 76, 31])
+    np.testing.assert_allclose(linear.row_lookup(tokens).numpy(), widened(weight)[tokens.numpy()], rtol=1e-6)
+    for rows in (1, 40):
+        x = torch.randn(rows, 96)
+        used, step = x.double().numpy(), 0.0
+        if backend.name != "torch":
+            columns = torch.arange(96) if weight.order is None else weight.order
+            in_order, step = rounded(x[:, columns], 32)
+            used[:, columns.numpy()] = in_order
+        expected = used @ widened(weight).T
+        tolerance = 2 * step * np.abs(widened(weight)).max() + 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(linear(x).numpy(), expected, rtol=0, atol=tolerance)
+
+
+def test_rows_stack_only_where_they_are_of_one_kind() -> None:
+    one, other = made(8, 64, 4, 32), made(5, 64, 4, 32)
+    both = stack_rows([one, other])
+    assert both is not None
+    assert torch.equal(both.widen(), torch.cat([one.widen(), other.widen()]))
+    assert stack_rows([one]) is one
+    book = torch.arange(16).to(torch.int8)
+    for unlike in (
+        made(5, 64, 8, 32),
+        made(5, 64, 4, 16),
+        other._replace(codebook=book),
+        other._replace(order=torch.arange(64)),
+    ):
+        assert stack_rows([one, unlike]) is None
+    assert stack_rows([one._replace(codebook=book), other._replace(codebook=book.flip(0))]) is None
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -108,8 +148,11 @@ def test_what_does_not_fit_is_refused() -> None:
         (good._replace(scales=good.scales.float()), r"scales is float32 \[8, 2\]"),
         (good._replace(scales=good.scales[:, :0].contiguous()), "groups divide 64"),
         (good._replace(scales=torch.ones(8, 3).half()), "groups divide 64"),
-        (good._replace(zeros=good.zeros[:4]), r"zeros is uint8 \[4, 2\]"),
-        (good._replace(q=torch.full_like(good.q, 16)), "reach 16, but 4 bits hold 0 to 15"),
+        (good._replace(zeros=good.zeros[:4]), r"zeros is float16 \[4, 2\]"),
+        (good._replace(q=torch.full_like(good.q, 16)), "reaches 16, but 4 bits hold 0 to 15"),
+        (good._replace(codebook=torch.zeros(8, dtype=torch.int8)), r"codebook is int8 \[8\]"),
+        (made(8, 64, 8, 32)._replace(codebook=torch.zeros(16, dtype=torch.int8)), "with a codebook it must be 4"),
+        (good._replace(order=torch.zeros(64, dtype=torch.int64)), "each of the 64 inputs once"),
     ):
         with pytest.raises(ValueError, match=complaint):
             ops.pack_quantized(bad)
