@@ -27,7 +27,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     quantize: Annotated[
         Literal["none", "int8", "int4"],
-        Meta(description="round weights as they are loaded, on the CPU: none, int8 (per output) or int4 (in groups)"),
+        Meta(description="round weights as they are loaded: none, int8 (per output) or int4 (in groups)"),
     ] = "none"
     quantize_group_size: Annotated[
         int, Meta(ge=16, le=4096, description="inputs that share a scale with int4; smaller is larger and truer")

@@ -81,7 +81,6 @@ ENGINE = ("msgspec", "structlog", "prometheus_client", "safetensors", "tokenizer
 PARTS = (
     Part("ceilings", "ceilings", "copy bandwidth, bf16 GEMM rate", 25, 5),
     Part("kernels", "cases", "every kernel against float64, and against the host shim", 70, 15, ("cupy",)),
-    Part("sanitizer", "sanitizer", "compute-sanitizer over small cases", 60, 20, ("cupy",)),
     Part("parity", "parity", "whole models against transformers; overlap on = off", 55, 20,
          ("cupy", "transformers", *ENGINE)),
     Part("attention", "attention", "decode and prefill attention, cold L2, beside torch SDPA", 65, 20, ("cupy",)),
@@ -93,6 +92,7 @@ PARTS = (
          ("cupy", *ENGINE)),
     Part("peer", "peer", "transformers' continuous batching under the engine's load", 60, 30,
          ("cupy", "transformers", *ENGINE)),
+    Part("sanitizer", "sanitizer", "compute-sanitizer over small cases", 60, 20, ("cupy",)),
 )  # fmt: skip
 BY_NAME = {part.name: part for part in PARTS}
 

@@ -2,6 +2,7 @@
 a layer launches. The engine around it is measured by `engine`."""
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ def decode_rows(
     kv = model.allocate_kv(num_blocks)
     kv.storage.normal_()  # what was never written may be NaN, and what is read here was not
     for batch in chosen:
+        graphs = None  # the last batch's hold memory that this one's need
         if context.left < 6:
             context.say(f"   batch {batch}: no time left")
             continue
@@ -56,7 +58,6 @@ def decode_rows(
         note = f"{batch / seconds:,.0f} tokens/s, {batch / floor:,.0f} at the floor; without sampling and host"
         context.row(timed(part, f"{name} decode step, batch {batch} at {length}", seconds * 1e3, "ms", floor * 1e3,
                           note=note, goal=goal))  # fmt: skip
-        del graphs
 
 
 def prefill_rows(context: Context, timer: Timer, name: str, model: Any, lengths: tuple[int, ...]) -> None:
@@ -75,6 +76,7 @@ def count_kernels(work: Callable[[], object]) -> int:
     """Kernels that a work launches, whoever launches them; copies and fills of memory are not counted."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # a profiler that is taken down between graphs may crash them
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
@@ -106,10 +108,13 @@ def run(context: Context) -> None:
     # A graph cannot be captured on the default stream.
     with torch.inference_mode(), torch.cuda.stream(stream):
         place = place._replace(stream=stream.cuda_stream)
-        launches(context, place, driver, name, count_kernels)
         model = random_model(preset(name), placement=placement(place, driver, max(BATCHES[name])), max_model_len=4096)
         prepare(place, model)
         gc.collect()
         torch.cuda.empty_cache()
         prefill_rows(context, timer, name, model, PREFILL)
         decode_rows(context, driver, timer, name, model, BATCHES[name], CONTEXT, free_bytes())
+        del model
+        gc.collect()
+        # Last: what has once been profiled may launch its graphs more slowly.
+        launches(context, place, driver, name, count_kernels)

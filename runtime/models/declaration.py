@@ -21,7 +21,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a model lives and computes: the CPU in float32, or a GPU in bfloat16 or float16.
 
     Attributes:
-        quantize: what matrices are rounded to as they are loaded; None keeps them as they are. CPU only.
+        quantize: what matrices are rounded to as they are loaded; None keeps them as they are.
         activation: type of everything that flows through the model.
         scales: type that the scales and biases of norms are kept in.
         kv: type of keys and values in the cache: None is the activations'; float8_e4m3fn and int8 have a scale for each
@@ -44,7 +44,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> ops.PackedLinear:
         """The same for a matrix that the checkpoint holds as integers."""
-        return ops.pack_quantized(weight, bias, activation=self.activation, backends=self.backends)
+        there = {name: part.to(self.device) for name, part in weight._asdict().items() if isinstance(part, Tensor)}
+        return ops.pack_quantized(weight._replace(**there), bias, activation=self.activation, backends=self.backends)
 
 
 class WeightSource(Protocol):

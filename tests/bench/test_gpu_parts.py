@@ -44,7 +44,7 @@ class CallOnce:
 class NoLauncher:
     """A device on which every launch fails."""
 
-    device_type, sm_count = "cpu", 4
+    device_type, sm_count, shared_bytes_per_sm = "cpu", 4, 228 * 1024
 
     def launch(self, kernel: Kernel, *rest: Any, **more: Any) -> None:
         raise RuntimeError(f"{kernel.name} is broken")
@@ -185,7 +185,7 @@ def test_the_other_kernels_on_the_shim(place: Place) -> None:
         small.products(found, place, CallOnce(), 32, 256, l2=1000, free=1 << 20)
         small.copies(found, place, CallOnce(), 2, 32)
         small.launch_overhead(found, place, lambda: None, repeats=10)
-        assert len(found.rows) == 3 + 4 + 5 + 1 + 2
+        assert len(found.rows) == 3 + 4 + 7 + 1 + 2
         assert not any(row.failed for row in found.rows)
 
     isolated(run)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 from cuda_fakes import CountingLauncher, FakeDriver, PaddedLedger, lanes_alive
+from fakes import LedgerModel
 
 from millrace.kernels.cuda_backend import model_kernels
 from millrace.runtime import Runtime, SamplingParams
@@ -172,13 +173,27 @@ async def test_a_start_that_is_refused_leaves_no_thread(shim: ShimLauncher) -> N
     await world.close()
 
 
-async def test_8_bit_keys_are_for_gpus_and_their_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_8_bit_keys_are_for_gpus_and_their_head_sizes() -> None:
     with pytest.raises(ConfigError, match=r"kv\.dtype is fp8, but on the CPU it must be auto"):
         await Runtime(device__kind="cpu", kv__dtype="fp8").start()
-    launcher: Any = SimpleNamespace(device_type="cpu", sm_count=1)  # nothing gets so far as to launch a kernel
-    monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
-    with pytest.raises(ConfigError, match=r"kv\.dtype is int8, which head sizes of 64, .* have; the model's is 32"):
-        await Runtime(kv__dtype="int8").start()
+    model: Any = LedgerModel()  # of a head size that no kernel has
+    gpu, world = Gpu(FakeDriver(), SimpleNamespace(device_type="cpu", sm_count=1)), AsyncioWorld()
+    with pytest.raises(ConfigError, match=r"kv\.dtype is int8, .*head sizes of 32, 64, .* not 1: use auto"):
+        await start_gpu(world, gpu, config(kv__dtype="int8"), model)
+    await world.close()
+
+
+async def test_attention_in_torch_is_not_captured(shim: ShimLauncher) -> None:
+    model: Any = PaddedLedger(max_model_len=64)
+    model.spec = msgspec.structs.replace(model.spec, head_dim=24)
+    driver, world = FakeDriver("random"), AsyncioWorld()
+    gpu = Gpu(driver, CountingLauncher(shim, driver))
+    started = await start_gpu(world, gpu, config(scheduler__max_num_seqs=2), model)
+    started.device.close()
+    await world.close()
+    assert driver.captures == []
+    (note,) = started.notes
+    assert note.startswith("decode runs without CUDA graphs: torch computes the attention") and "not 24" in note
 
 
 @pytest.mark.parametrize("graphs", [True, False])
