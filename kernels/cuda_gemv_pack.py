@@ -112,8 +112,9 @@ def pack(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Pa
 
 
 def _centred(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
-    """The integers, and the zero points; None if all are the one that the kernel subtracts from the integers. It then is
-    by shifting the integers, where one zero point serves all and the range allows it (3, 5 and 6 bits in 4 and 8)."""
+    """The integers, and the zero points; None for those if they are all what the kernel subtracts from the integers.
+    Where one other zero point serves all, and the range allows it (3, 5 and 6 bits in 4 and 8), integers are shifted
+    so that it is."""
     if weight.codebook is not None:
         return weight.q, None
     centre = float(1 << weight.bits - 1)
@@ -121,7 +122,7 @@ def _centred(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     shift = centre - float(zero)
     if bool((weight.zeros == zero).all()) and shift == int(shift):
         low, high = int(weight.q.min()) + int(shift), int(weight.q.max()) + int(shift)
-        if 0 <= low and high < 1 << weight.bits:
+        if low >= 0 and high < 1 << weight.bits:
             return (weight.q + int(shift) if shift else weight.q), None
     return weight.q, weight.zeros
 
@@ -148,13 +149,11 @@ def _tiles(q: Tensor, bits: int, is_narrow: bool, has_codebook: bool) -> Tensor:
 
 
 def _by_lane(values: Tensor, num_groups: int, per_tile: int) -> Tensor:
-    """[n, groups, width] to [n_tiles, num_groups / per_tile, 8, per_tile, width, 2], padded with zeros: what a lane reads
-    for a tile of W, rows g and g + 8 of its groups, lies in one piece."""
+    """[n, groups, width] to [n_tiles, num_groups / per_tile, 8, per_tile, width, 2], padded with zeros: what a lane
+    reads for a tile of W, rows g and g + 8 of its groups, lies in one piece."""
     n, groups, width = values.shape
     n_tiles = -(-n // TILE_N)
     padded = values.new_zeros(n_tiles * TILE_N, num_groups, width)
     padded[:n, :groups] = values
     tiles = padded.view(n_tiles, 2, 8, num_groups // per_tile, per_tile, width)
     return tiles.permute(0, 3, 2, 4, 5, 1).contiguous()
-
-

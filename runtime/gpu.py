@@ -122,7 +122,7 @@ async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progre
     try:
         if isinstance(gpu.launcher, CupyLauncher):
             launcher = gpu.launcher
-            wanted = kernels_of(model)
+            wanted = wanted_kernels(model)
             # On a lane's thread: modules are loaded into the context that is current there.
             prepare = partial(launcher.prepare, wanted, lambda built: tell("CUDA kernels", built.done, built.total))
             await on_lane(world, device, "prefill", 1, prepare)
@@ -212,7 +212,7 @@ def _ours(lanes: Lanes) -> tuple[CudaDecode, CudaPrefill]:
     return decode, prefill
 
 
-def kernels_of(model: Any) -> list[Kernel]:
+def wanted_kernels(model: Any) -> list[Kernel]:
     """What the model's steps may launch."""
     found = {*model_kernels(model.dtype, model.spec.head_dim, model.kv_dtype)}
     for backend in model.backends or ():

@@ -13,7 +13,7 @@ from millrace.runtime.cuda.decode import DecodeState
 from millrace.runtime.cuda.driver import CudaDriver
 from millrace.runtime.cuda.graphs import DecodeGraphs
 from millrace.runtime.cuda.rows import DeviceRows
-from millrace.runtime.gpu import kernels_of
+from millrace.runtime.gpu import wanted_kernels
 from millrace.runtime.models.base import ForwardBatch, Model
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.quant.rounding import Quantization
@@ -38,7 +38,7 @@ def prepare(place: Place, model: Any) -> None:
     """Compiles and loads what the model launches, where the launcher has such a step."""
     ready = getattr(place.launcher, "prepare", None)
     if ready is not None:
-        ready(kernels_of(model))
+        ready(wanted_kernels(model))
 
 
 def prompt_batch(tokens: Sequence[int], device: torch.device | str, *, all_logits: bool) -> ForwardBatch:

@@ -6,7 +6,7 @@ cannot drift apart.
 
 import itertools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -44,7 +44,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> ops.PackedLinear:
         """The same for a matrix that the checkpoint holds as integers."""
-        there = {name: part.to(self.device) for name, part in weight._asdict().items() if isinstance(part, Tensor)}
+        parts = weight._asdict().items()
+        there: dict[str, Any] = {name: part.to(self.device) for name, part in parts if isinstance(part, Tensor)}
         return ops.pack_quantized(weight._replace(**there), bias, activation=self.activation, backends=self.backends)
 
 

@@ -20,6 +20,8 @@ from gpu.plan import BY_NAME, PARTS
 from gpu.timing import num_rotated
 
 from millrace.kernels.cuda_compile import Kernel
+from millrace.runtime.gpu import wanted_kernels
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.weights.loader import random_model
 from millrace.runtime.weights.synthetic import preset
 from shim.build import compiler
@@ -215,11 +217,19 @@ def test_steps_on_the_shim(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
             steps.launches(found, place, driver, "tiny", count)
             model = random_model(tiny(), placement=placement(place, driver, 4), max_model_len=256)
             free = model.kv_bytes_per_token * 16 * 40
-            steps.decode_rows(found, driver, CallOnce(driver.enqueue), "tiny", model, (1, 3, 50), 40, free)
-            steps.prefill_rows(found, CallOnce(driver.enqueue), "tiny", model, (20,))
+            load = steps.Load("tiny", (1, 3, 50))
+            steps.decode_rows(found, driver, CallOnce(driver.enqueue), load, model, 40, free)
+            steps.prefill_rows(found, CallOnce(driver.enqueue), load, model, (20,))
+            load = steps.Load("tiny", (2,), Quantization(bits=4, group_size=64))
+            where = placement(place, driver, 4, quantize=load.quantize)
+            model = random_model(tiny(), placement=where, max_model_len=256)
+            launcher.launches.clear()
+            steps.decode_rows(found, driver, CallOnce(driver.enqueue), load, model, 40, free)
+            assert {"mr_gemv"} < {kernel.name for kernel in launcher.launches}
+            assert set(launcher.launches) <= set(wanted_kernels(model))
         assert [row.name for row in found.rows] == [
             "tiny kernels per layer in the graph", "tiny decode step, batch 1 at 40", "tiny decode step, batch 3 at 40",
-            "tiny prefill of 20",
+            "tiny prefill of 20", "tiny int4 decode step, batch 2 at 40",
         ]  # fmt: skip
         assert found.rows[0].value == 5  # two norms, rope and KV, attention, SiLU-mul; torch's products are not counted
 

@@ -196,14 +196,16 @@ async def test_attention_in_torch_is_not_captured(shim: ShimLauncher) -> None:
     assert note.startswith("decode runs without CUDA graphs: torch computes the attention") and "not 24" in note
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-async def test_a_runtime_on_a_gpu(shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
+@pytest.mark.parametrize(("graphs", "quantize"), [(True, "none"), (True, "int8"), (False, "none")])
+async def test_a_runtime_on_a_gpu(
+    shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch, graphs: bool, quantize: str
+) -> None:
     """The embedded model from loading to close, in bfloat16 on the kernels."""
     driver = FakeDriver("random")
     gpu = Gpu(driver, CountingLauncher(shim, driver))
     monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: gpu)
     options = {"scheduler__max_num_seqs": 2, "scheduler__max_prefill_tokens": 32, "model__max_model_len": 128}
-    async with Runtime(device__cuda_graphs=graphs, **options) as runtime:
+    async with Runtime(device__cuda_graphs=graphs, model__quantize=quantize, **options) as runtime:
         assert "a GPU that is none" in runtime.memory_plan.table()
         question = [{"role": "user", "content": "What is the capital of France?"}]
         completion = await runtime.submit(question, SamplingParams(temperature=0.0, max_tokens=12))
