@@ -227,9 +227,10 @@ class PaddedLedger(LedgerModel):
         self.spec = msgspec.structs.replace(self.spec, head_dim=64)  # one that may be captured
         self.limit = self.decode_limit = limit
         self.too_long = 1 << 30
-        self.refused = 0
+        self.refused = self.most_logits = 0
 
     def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+        self.most_logits = max(self.most_logits, len(batch.logits_indices))
         limit = self.decode_limit if batch.is_decode else self.limit
         if len(batch.tokens) > limit or int(batch.context_lens.max()) >= self.too_long:
             self.refused += 1

@@ -2,6 +2,9 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +147,20 @@ def test_wrong_results_and_exceptions_fail_their_group() -> None:
 
     with pytest.raises(RuntimeError, match="lost"):
         check(context("kernels"), [broken], place, None, settle=lost)
+
+
+def test_a_group_ends_with_its_time() -> None:
+    clock = [0.0]
+
+    def slow(place: Place) -> Checked:
+        clock[0] += 3.0
+        return Checked([torch.ones(2)], [torch.ones(2).double()], 0.0)
+
+    found = Context(BY_NAME["kernels"], 5.0, CEILINGS, now=lambda: clock[0], say=lambda text: None)
+    check(found, [Case("a", str(i), slow) for i in range(5)], Place(NoLauncher(), "cpu", 0), settle=lambda: None)
+    assert clock[0] == 6.0
+    (row,) = found.rows
+    assert not row.failed and row.note.startswith("2 of 5 cases, no time for more")
 
 
 # ---- measurements -----------------------------------------------------------------------------------------------
@@ -289,6 +306,16 @@ def test_finding_the_sanitizer(tmp_path: Path) -> None:
     words = sanitizer.command(tool, "racecheck", tmp_path / "rows", 12.4)
     assert words[:3] == [str(tool), "--tool", "racecheck"]
     assert words[-6:] == ["kernels", "--small", "--rows", str(tmp_path / "rows"), "--seconds", "12"]
+
+
+@pytest.mark.timeout(30)
+def test_the_sanitizer_takes_its_children_along() -> None:
+    """They hold the pipe that its output comes through, so that one left behind would be waited for."""
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        sanitizer.run_group([sys.executable, "-c", program], 1.0, os.environ)
+    assert sanitizer.run_group([sys.executable, "-c", "print(5); sys.exit(3)"], 60.0, os.environ)[0] == 1
+    assert sanitizer.run_group([sys.executable, "-c", "print(5)"], 60.0, os.environ) == (0, "5\n")
 
 
 def test_reading_the_sanitizer() -> None:

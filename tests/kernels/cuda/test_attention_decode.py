@@ -148,6 +148,18 @@ def test_nothing_is_launched_per_split(four_ways):
     four_ways(case)
 
 
+def test_thread_blocks_of_a_multiprocessor():
+    """By registers, which come in eights, and by shared memory, of which devices have different amounts."""
+
+    def count(kib: int, **options: object) -> int:
+        launcher, spec = ShimLauncher(shared_bytes_per_sm=kib * 1024), Spec(num_kv_heads=1, **options)
+        return make_workspace(launcher, spec, 1, 16).target_items // launcher.sm_count
+
+    h100, l4 = 228, 100
+    assert [count(h100), count(h100, head_dim=128), count(h100, head_dim=256)] == [4, 3, 3]
+    assert [count(l4), count(l4, head_dim=128), count(l4, head_dim=256)] == [1, 1, 1]
+
+
 def test_workspace_bytes():
     launcher = ShimLauncher()
     for invariant in (False, True):

@@ -1,6 +1,7 @@
 """Starting on a GPU: the memory plan, the refusal with settings that would fit, and a whole runtime on one."""
 
 import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,33 @@ def test_a_cpu_is_what_is_asked_for_or_what_there_is() -> None:
         assert open_gpu(config()) is None
         with pytest.raises(ConfigError, match=r"device\.kind is cuda, but .*; with device\.kind = cpu it runs here"):
             open_gpu(config(device__kind="cuda"))
+
+
+def test_a_cupy_that_cannot_use_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be one for another CUDA: then importing it succeeds."""
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            raise RuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=Device)))
+    with pytest.raises(ConfigError, match=r"CuPy cannot use device 0 .*cudaErrorInsufficientDriver"):
+        open_gpu(config(device__kind="cuda"))
+    assert open_gpu(config()) is None
+
+
+async def test_the_rehearsal_gives_as_many_logits_as_a_step_can(shim: ShimLauncher) -> None:
+    model: Any = PaddedLedger(max_model_len=256)
+    driver, world = FakeDriver("at once"), AsyncioWorld()
+    options = {"scheduler__max_num_seqs": 90, "scheduler__max_prefill_tokens": 120, "device__cuda_graphs": False}
+    gpu = Gpu(driver, CountingLauncher(shim, driver))
+    started = await start_gpu(world, gpu, config(**options), model)
+    started.device.close()
+    await world.close()
+    assert model.most_logits == 90
 
 
 async def test_start_measures_plans_and_captures(shim: ShimLauncher) -> None:
