@@ -135,6 +135,15 @@ async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progre
         await on_lane(
             world, device, "decode", 0, lambda: decode.warm_up(lambda done, total: tell("CUDA graphs", done, total))
         )
+    except torch.OutOfMemoryError as error:
+        device.close()
+        shortage = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"the GPU's memory ran out behind the cache that was planned ({shortage}): lower device.memory_fraction ="
+            f" {config.device.memory_fraction} or scheduler.max_num_seqs = {config.scheduler.max_num_seqs}, or set"
+            " device.cuda_graphs to false",
+            param="device.memory_fraction",
+        ) from None
     except BuildError as error:
         device.close()
         raise ConfigError(f"the CUDA kernels cannot be built: {error}", param="device.kind") from error

@@ -1,26 +1,27 @@
-// y = x W^T + bias for 1 to 8 rows of x, with 8-bit or 4-bit weights: the matrix products of decode at a small batch; and
-// the same weights as rows of 16-bit floats, for larger batches and for a table.
+// y = x W^T + bias for 1 to 8 rows of x, with 8-bit or 4-bit weights: the matrix products of decode at a small batch;
+// and the same weights as rows of 16-bit floats, for larger batches and for a table.
 //
 // The weights stand on the 16-row side of mma.m16n8k16 and the rows of x on the 8-column side: one instruction sequence
 // for every batch of up to 8, float accumulation, and a row's result does not depend on the other rows. A thread block
 // owns 16 rows of W; its eight warps share out the columns, tile by tile, and add up in a fixed order.
 //
-// Layout (made by cuda_gemv_pack.pack): [n_tiles][k_tiles][32 lanes][16 bytes]. A tile is 16 rows by 32 columns of 8 bits
-// or 64 of 4; a lane's 16 bytes are what it feeds to 2 or 4 mma. Columns are permuted inside 32 so that a lane's part of
-// x is 16 neighbouring bytes: lane (g, t) holds columns 8 t .. 8 t + 7 of rows g and g + 8, the order of the mma's sum
-// over columns being free. With groups of 16 (NARROW) a mma has the columns of one group, and a lane 4 t .. 4 t + 3 of
-// each. Words hold pairs of weights in both halves, so that one `and` + `or` makes two 16-bit floats: for 4 bits
-// 0x4300 | q is the bfloat16 128 + q (0x6400 | q the half 1024 + q), and one subtraction leaves the exact integer.
+// Layout (made by cuda_gemv_pack.pack): [n_tiles][k_tiles][32 lanes][16 bytes]. A tile is 16 rows by 32 columns of 8
+// bits or 64 of 4; a lane's 16 bytes are what it feeds to 2 or 4 mma. Columns are permuted inside 32 so that a lane's
+// part of x is 16 neighbouring bytes: lane (g, t) holds columns 8 t .. 8 t + 7 of rows g and g + 8, the order of the
+// mma's sum over columns being free. With groups of 16 (NARROW) a mma has the columns of one group, and a lane 4 t .. 4
+// t + 3 of each. Words hold pairs of weights in both halves, so that one `and` + `or` makes two 16-bit floats: for 4
+// bits 0x4300 | q is the bfloat16 128 + q (0x6400 | q the half 1024 + q), and one subtraction leaves the exact integer.
 //
-// A weight is scale * (v - zero), v the integer or what a codebook of 16 gives for it. Scales of groups along the columns
-// multiply the float sums of the group's mma, not the weights, so that v stays exact; and so do zero points, which may
-// have fractions: a second mma with ones in place of weights gives the sum of x, and sum(v x) - zero * sum(x) is what the
-// scale multiplies. Where all zero points are CENTER, which is subtracted from v beforehand, there is no second mma.
+// A weight is scale * (v - zero), v the integer or what a codebook of 16 gives for it. Scales of groups along the
+// columns multiply the float sums of the group's mma, not the weights, so that v stays exact; and so do zero points,
+// which may have fractions: a second mma with ones in place of weights gives the sum of x, and sum(v x) - zero * sum(x)
+// is what the scale multiplies. Where all zero points are CENTER, which is subtracted from v beforehand, there is no
+// second mma.
 //
-// Floor: bytes of weights and scales / bandwidth; x lies in L1. Each lane keeps four 16-byte loads under way and refills
-// one as it uses it: with 24 warps on an SM that is 48 KiB in flight, where about 32 KiB cover the latency of H100's
-// memory at full bandwidth. Work per 512 bytes of 4 bits (a warp's tile): about 75 instructions, 130 with a codebook, of
-// the 150 issue slots that the four schedulers have while the memory delivers them.
+// Floor: bytes of weights and scales / bandwidth; x lies in L1. Each lane keeps four 16-byte loads under way and
+// refills one as it uses it: with 24 warps on an SM that is 48 KiB in flight, where about 32 KiB cover the latency of
+// H100's memory at full bandwidth. Work per 512 bytes of 4 bits (a warp's tile): about 75 instructions, 130 with a
+// codebook, of the 150 issue slots that the four schedulers have while the memory delivers them.
 #include "prelude.cuh"
 
 constexpr i32 BITS = MR_BITS;      // 4 or 8
@@ -44,8 +45,8 @@ static_assert(GROUPS != 0 || (BITS == 8 && !ZEROS), "one scale per row comes wit
 // A quantised matrix [n, k].
 struct Matrix {
     const uint4* weight;       // [n_tiles, k_tiles, 32]
-    const u32* group_scales;   // [n_tiles, num_groups / GROUPS, 8, GROUPS, 1 or 2]: scale and, with ZEROS, zero point, both
-                               // as float16 of rows g (low half) and g + 8
+    const u32* group_scales;   // [n_tiles, num_groups / GROUPS, 8, GROUPS, 1 or 2]: scale and, with ZEROS, zero point,
+                               // both as float16 of rows g (low half) and g + 8
     const float* row_scales;   // [n], where GROUPS is 0
     u32 codebook[4];           // 16 signed bytes
     i32 n;
@@ -131,7 +132,7 @@ MR_DEVICE u32 look_up4(const u32 (&codebook)[4], u32 nibbles) {
 // The four registers of the i-th mma of a 32-column half: rows g, g + 8, and again for the next columns; v - CENTER.
 MR_DEVICE void widen(u32 (&a)[4], const Matrix& w, const u32 (&words)[4], i32 half, i32 i) {
     if constexpr (CODEBOOK) {
-        // Nibbles of the low half in the order of the bytes of widen8's first word, those of the upper half in the second's.
+        // The nibbles of the low half are in the order of the bytes of widen8's first word, the others of its second.
         const u32 word = words[2 * half + i];
         widen8(a, look_up4(w.codebook, word), look_up4(w.codebook, word >> 16));
     } else if constexpr (BITS == 4) {

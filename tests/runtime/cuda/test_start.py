@@ -186,6 +186,24 @@ async def test_start_measures_plans_and_captures(shim: ShimLauncher) -> None:
     assert lanes_alive() == []
 
 
+async def test_a_shortage_behind_the_plan_names_settings(shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = PaddedLedger(max_model_len=64)
+    driver, world = FakeDriver("random"), AsyncioWorld()
+    capture = driver.capture
+
+    def short(*arguments: Any) -> Any:
+        if len(driver.captures) >= 3:  # two are the trial
+            raise torch.OutOfMemoryError("CUDA out of memory\nand a long explanation")
+        return capture(*arguments)
+
+    monkeypatch.setattr(driver, "capture", short)
+    gpu = Gpu(driver, CountingLauncher(shim, driver))
+    with pytest.raises(ConfigError, match=r"\(CUDA out of memory\): lower device\.memory_fraction = 0\.9"):
+        await start_gpu(world, gpu, config(scheduler__max_num_seqs=2), model)
+    await world.close()
+    assert lanes_alive() == []
+
+
 async def test_a_start_that_is_refused_leaves_no_thread(shim: ShimLauncher) -> None:
     model: Any = PaddedLedger(max_model_len=256)
     world = AsyncioWorld()
