@@ -219,7 +219,7 @@ MR_DEVICE void update_softmax(Rows& rows, const float* value_scales, float (&sco
     for (int i = 0; i < TILE_TOKENS / 8; i++) {
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            // The scale of an unused slot may be anything, and its weight is 0; of NaN and a number fmaxf takes the number.
+            // The scale of an unused slot may be anything; its weight is 0, and fmaxf makes a number of a NaN.
             const float inverse =
                 QUANTISED<KV> ? reciprocal_approx(fmaxf(value_scales[i * 8 + 2 * t + j], 1e-30f)) : 1.0f;
 #pragma unroll

@@ -18,9 +18,9 @@
 // is what the scale multiplies. Where all zero points are CENTER, which is subtracted from v beforehand, there is no
 // second mma.
 //
-// Floor: bytes of weights and scales / bandwidth; x lies in L1. Each lane keeps four 16-byte loads under way and
-// refills one as it uses it: with 24 warps on an SM that is 48 KiB in flight, where about 32 KiB cover the latency of
-// H100's memory at full bandwidth. Work per 512 bytes of 4 bits (a warp's tile): about 75 instructions, 130 with a
+// Floor: bytes of weights and scales / bandwidth; x lies in L1. Each lane keeps three or four 16-byte loads under way
+// and refills one as it uses it: with 24 warps on an SM that is 36 or 48 KiB in flight, where about 32 KiB cover the
+// latency of H100's memory at full bandwidth. Work per 512 bytes of 4 bits (a warp's tile): about 75 instructions, 130 with a
 // codebook, of the 150 issue slots that the four schedulers have while the memory delivers them.
 #include "prelude.cuh"
 
@@ -355,7 +355,8 @@ struct DequantiseParams {
     i32 first_tile;
 };
 
-// Rows of W as MR_T. Grid: (row tiles, or tokens; k_tiles / 8): a warp has one tile, and of a token's the lanes of its row.
+// Rows of W as MR_T. Grid: (row tiles or tokens, k_tiles / 8): a warp has one tile, and the lanes of a token's row
+// that one.
 extern "C" __global__ void __launch_bounds__(GEMV_THREADS) mr_dequantise(DequantiseParams p) {
     const i32 lane = threadIdx.x % 32, g = lane / 4;
     const i32 k_tile = blockIdx.y * GEMV_WARPS + threadIdx.x / 32;
