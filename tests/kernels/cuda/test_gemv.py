@@ -162,14 +162,14 @@ def test_rows_do_not_depend_on_the_batch(launcher: ShimLauncher) -> None:
             assert torch.equal(gemv(launcher, x[rows].contiguous(), packed, stream=0), whole[rows])
 
 
-def test_integers_of_fewer_bits_need_no_zero_points() -> None:
+def test_integers_of_fewer_bits_need_no_zero_points(shim_cache: Path) -> None:
     """What 5 or 6 bits in 8, or 3 in 4, have as their one zero point is shifted away."""
     for bits, stored, zero in ((6, 8, 32), (5, 8, 16), (3, 4, 4)):
         weight = reference.random_weight(16, 64, stored, 16, "centre")
         weight = weight._replace(q=weight.q % (1 << bits), zeros=torch.full_like(weight.zeros, zero))
         packed = pack(weight, None, torch.bfloat16)
         assert not packed.has_zeros
-        wide = dequantise(ShimLauncher(), packed, range(16), stream=0)
+        wide = dequantise(ShimLauncher(cache_dir=shim_cache), packed, range(16), stream=0)
         torch.testing.assert_close(wide.double(), reference.widened(weight), rtol=4e-3, atol=0)
     full = reference.random_weight(16, 64, 4, 16, "centre")
     assert pack(full._replace(zeros=full.zeros - 1), None, torch.bfloat16).has_zeros  # 15 has no room above
