@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 BLOCK_SIZE = 16  # token slots per KV block
 
@@ -126,6 +126,12 @@ class PackArgs(NamedTuple):
 
 class QuantizedArgs(NamedTuple):
     weight: QuantizedWeight
+    bias: Tensor | None  # [out]
+    activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
+
+
+class Float8Args(NamedTuple):
+    weight: Float8Weight
     bias: Tensor | None  # [out]
     activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
 
@@ -281,6 +287,9 @@ class Backend:
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_quantized")
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
+        return self._lacks("pack_float8")
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         return self._lacks("pack_decoder")

@@ -17,6 +17,7 @@ from millrace.kernels.arguments import (
     AttentionArgs,
     Backend,
     DecoderArgs,
+    Float8Args,
     NormArgs,
     PackArgs,
     PackedDecoder,
@@ -27,15 +28,15 @@ from millrace.kernels.arguments import (
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder
-from millrace.kernels.cpu_linear import CpuLinear
+from millrace.kernels.cpu_linear import KINDS, CpuLinear
 from millrace.kernels.cpu_quantized import CpuQuantized
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_panel_width": ([], _L),
     "mr_pack": ([_P, _I, _P, _L, _L, _I], None),
-    "mr_linear": ([_P, _P, _I, _P, _P, _L, _L, _L, _I], None),
-    "mr_unpack_rows": ([_P, _I, _P, _P, _L, _L, _L], _L),
+    "mr_linear": ([_P, _P, _I, _P, _L, _P, _P, _L, _L, _L, _I], None),
+    "mr_unpack_rows": ([_P, _I, _P, _L, _P, _P, _L, _L, _L], _L),
     "mr_rms_norm": ([_P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_layer_norm": ([_P, _P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_silu_mul": ([_P, _P, _L, _L, _I], None),
@@ -80,7 +81,7 @@ class CpuBackend(Backend):
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         if not args.weight.is_cpu:
             return _elsewhere(args.weight)
-        if args.activation != torch.float32 or args.weight.dtype not in (torch.float32, torch.bfloat16):
+        if args.activation != torch.float32 or args.weight.dtype not in KINDS:
             return Refusal(f"it has no product of {args.activation} by {args.weight.dtype}")
         return CpuLinear(self._library, args.weight, args.bias)
 
@@ -92,6 +93,16 @@ class CpuBackend(Backend):
         if args.weight.group_size % 4:
             return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
         return CpuQuantized(self._library, args.weight, args.bias)
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
+        weight = args.weight
+        if not weight.codes.is_cpu:
+            return _elsewhere(weight.codes)
+        if args.activation != torch.float32:
+            return Refusal(f"it has no product of {args.activation} by float8")
+        if weight.scales.shape[1] > 1 and weight.group_size.bit_count() > 1:
+            return Refusal(f"groups of {weight.group_size} inputs are not a power of two")
+        return CpuLinear(self._library, weight, args.bias)
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         refusal = self._refuse_head_dim(args.head_dim)

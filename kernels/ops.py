@@ -22,6 +22,7 @@ from millrace.kernels.arguments import (
     DecoderArgs,
     DecoderLayerArgs,
     EmbeddingArgs,
+    Float8Args,
     NormArgs,
     NormWeights,
     PackArgs,
@@ -35,7 +36,7 @@ from millrace.kernels.arguments import (
     describe,
 )
 from millrace.kernels.dispatch import Backends, UnservedError, default_backends, prepare, serve
-from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
+from millrace.kernels.quantized import CODEBOOK_SIZE, Float8Weight, QuantizedWeight
 
 __all__ = [
     "BLOCK_SIZE",
@@ -43,6 +44,7 @@ __all__ = [
     "Backends",
     "DecoderArgs",
     "DecoderLayerArgs",
+    "Float8Weight",
     "NormWeights",
     "PackedDecoder",
     "PackedLinear",
@@ -57,6 +59,7 @@ __all__ = [
     "gelu_tanh",
     "layer_norm",
     "pack_decoder",
+    "pack_float8",
     "pack_linear",
     "pack_quantized",
     "paged_attention",
@@ -151,6 +154,30 @@ def pack_quantized(
     if bias is not None:
         _check(op, "bias", bias, (q.shape[0],), _WEIGHT)
     packed: PackedLinear = serve(op, QuantizedArgs(weight, bias, activation), backends)
+    return packed
+
+
+def pack_float8(
+    weight: Float8Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: torch.dtype = torch.float32,
+    backends: Backends = None,
+) -> PackedLinear:
+    """As `pack_linear`, for a matrix of float8_e4m3fn with scales. Activations stay as they are."""
+    op, codes = "pack_float8", weight.codes
+    _check(op, "codes", codes, ("out", "in"), (torch.float8_e4m3fn,))
+    if 0 in codes.shape:
+        raise _refuse(op, "codes", codes, "of at least one row and one column")
+    _check(op, "scales", weight.scales, (codes.shape[0], "groups"), _FLOAT)
+    if weight.group_size < 1 or weight.scales.shape[1] != -(-codes.shape[1] // weight.group_size):
+        wanted = f"of one column for each {weight.group_size} of {codes.shape[1]} inputs"
+        raise _refuse(op, "scales", weight.scales, wanted)
+    if bool((codes.view(torch.uint8) & 127 == 127).any()):
+        raise ValueError(f"{op}: codes hold NaN")
+    if bias is not None:
+        _check(op, "bias", bias, (codes.shape[0],), _WEIGHT)
+    packed: PackedLinear = serve(op, Float8Args(weight, bias, activation), backends)
     return packed
 
 

@@ -1,5 +1,7 @@
 """The ops in plain torch: works wherever torch does, needs no compiler, and serves what faster backends refuse."""
 
+import abc
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from millrace.kernels.arguments import (
     Backend,
     CopyBlocksArgs,
     EmbeddingArgs,
+    Float8Args,
     NormArgs,
     PackArgs,
     PackedLinear,
@@ -20,7 +23,7 @@ from millrace.kernels.arguments import (
     RopeArgs,
     WriteKvArgs,
 )
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 _WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which stays in the last-level cache
 
@@ -51,28 +54,20 @@ class TorchLinear(PackedLinear):
         return self.weight.index_select(0, tokens).to(self.activation)
 
 
-class TorchQuantized(PackedLinear):
-    """Keeps the integers, 4-bit ones two to a byte, and widens them slice by slice at each call."""
+class _TorchWidened(PackedLinear):
+    """Widens rows of its matrix at each call, slice by slice."""
 
-    dtype = torch.uint8
-
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: torch.dtype) -> None:
-        q = weight.q
+    def __init__(self, shape: torch.Size, bias: Tensor | None, activation: torch.dtype) -> None:
         self.activation = activation
-        self.out_features, self.in_features = q.shape
-        self._is_paired = weight.bits == 4 and self.in_features % 2 == 0
-        self._weight = weight._replace(q=q[:, 0::2] | q[:, 1::2] << 4) if self._is_paired else weight
+        self.out_features, self.in_features = shape
         self._bias = None if bias is None else bias.to(activation)
-        kept = (*self._weight[:3], weight.codebook, weight.order, self._bias)
-        self.weight_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
 
+    @abc.abstractmethod
     def _widened(self, rows: slice | Tensor) -> Tensor:
         """[rows, in_features] of the activations' type."""
-        kept = self._weight
-        q = kept.q[rows]
-        if self._is_paired:
-            q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
-        return kept._replace(q=q, scales=kept.scales[rows], zeros=kept.zeros[rows]).widen().to(self.activation)
+
+    def _count(self, *kept: Tensor | None) -> None:
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*kept, self._bias) if tensor is not None)
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         rows = max(1, _WIDEN_ELEMENTS // self.in_features)
@@ -86,11 +81,48 @@ class TorchQuantized(PackedLinear):
         return self._widened(tokens)
 
 
+class TorchQuantized(_TorchWidened):
+    """Keeps the integers, 4-bit ones two to a byte."""
+
+    dtype = torch.uint8
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: torch.dtype) -> None:
+        q = weight.q
+        super().__init__(q.shape, bias, activation)
+        self._is_paired = weight.bits == 4 and self.in_features % 2 == 0
+        self._weight = weight._replace(q=q[:, 0::2] | q[:, 1::2] << 4) if self._is_paired else weight
+        self._count(*self._weight[:3], weight.codebook, weight.order)
+
+    def _widened(self, rows: slice | Tensor) -> Tensor:
+        kept = self._weight
+        q = kept.q[rows]
+        if self._is_paired:
+            q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
+        return kept._replace(q=q, scales=kept.scales[rows], zeros=kept.zeros[rows]).widen().to(self.activation)
+
+
+class TorchFloat8(_TorchWidened):
+    dtype = torch.float8_e4m3fn
+
+    def __init__(self, weight: Float8Weight, bias: Tensor | None, activation: torch.dtype) -> None:
+        super().__init__(weight.codes.shape, bias, activation)
+        self._weight = weight
+        self._count(weight.codes, weight.scales)
+
+    def _widened(self, rows: slice | Tensor) -> Tensor:
+        # Torch cannot index float8 by a tensor, but bytes it can.
+        codes = self._weight.codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+        return self._weight._replace(codes=codes, scales=self._weight.scales[rows]).widen().to(self.activation)
+
+
 class TorchBackend(Backend):
     name = "torch"
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear:
         return TorchQuantized(args.weight, args.bias, args.activation)
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear:
+        return TorchFloat8(args.weight, args.bias, args.activation)
 
     def pack_linear(self, args: PackArgs) -> PackedLinear:
         return TorchLinear(args.weight, args.bias, args.activation)

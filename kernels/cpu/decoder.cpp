@@ -13,7 +13,8 @@ constexpr long MLP_ROWS = 512;   // rows whose intermediates exist at a time
 struct Matrix {
     const void* weight;  // packed
     const float* bias;   // padded
-    int64_t out, in, bits, group;  // 32: float, 16: bfloat, 8 and 4: quantised in groups
+    int64_t out, in, kind, group;  // of FLOAT8 the group's logarithm
+    const float* scales;           // of FLOAT8
     const uint8_t* codebook;       // of 4 bits, or null
     const int64_t* order;          // of the inputs, or null
 };
@@ -55,11 +56,12 @@ struct Pass {
     int threads;
 
     void linear(const Matrix& matrix, const float* x, float* y, long rows) const {
-        if (matrix.bits >= 16)
-            mr_linear(x, matrix.weight, matrix.bits == 16, matrix.bias, y, rows, matrix.out, matrix.in, threads);
+        if (matrix.kind > INT8)
+            mr_linear(x, matrix.weight, matrix.kind, matrix.scales, matrix.group, matrix.bias, y, rows, matrix.out,
+                      matrix.in, threads);
         else
             mr_quantized_linear(x, (const uint8_t*)matrix.weight, matrix.codebook, matrix.order, matrix.bias, y, rows,
-                                matrix.out, matrix.in, matrix.group, matrix.bits, threads);
+                                matrix.out, matrix.in, matrix.group, matrix.kind, threads);
     }
     // y = norm(x + residual), where residual takes the sum; without a residual y = norm(x).
     void norm(const Norm& norm, const float* x, float* residual, float* y, long rows) const {

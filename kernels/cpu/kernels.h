@@ -3,8 +3,11 @@
 
 #include "common.h"
 
-EXPORT void mr_linear(const float* x, const void* w, int bf16, const float* bias, float* y, long m, long n, long k,
-                      int threads);
+// How a matrix is stored, in bits where that is enough; the same numbers are in cpu_linear.py.
+enum Kind { INT4 = 4, INT8 = 8, BFLOAT16 = 16, FLOAT16 = 17, FLOAT8 = 18, FLOAT = 32 };
+
+EXPORT void mr_linear(const float* x, const void* w, int kind, const float* scales, long group_bits, const float* bias,
+                      float* y, long m, long n, long k, int threads);
 EXPORT void mr_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long width, float eps,
                         int threads);
 EXPORT void mr_layer_norm(const float* x, float* residual, const float* weight, const float* bias, float* y, long rows,

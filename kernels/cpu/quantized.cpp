@@ -14,10 +14,6 @@
 
 #include <cmath>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 constexpr int PW = 2 * VL;               // outputs per panel
@@ -27,18 +23,6 @@ constexpr long UNPACK_TILES = 3;         // row tiles from which it pays to wide
 constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
 
 typedef uint8_t bytes_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
-typedef _Float16 halves_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
-
-// VL numbers of float16. The conversion of whole vectors that GCC makes by itself goes number by number.
-INLINE vf load_halves(const uint8_t* from) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__F16C__)
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-#else
-    return __builtin_convertvector(*(const halves_any*)from, vf);
-#endif
-}
 
 typedef int8_t small_signed __attribute__((vector_size(VL)));
 

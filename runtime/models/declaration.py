@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
-from millrace.kernels.quantized import QuantizedWeight, stack_rows
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight, StoredMatrix, stack_rows
 from millrace.runtime.quant.rounding import Quantization
 
 
@@ -40,10 +40,12 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         """A matrix [out, in] in the layout that multiplies fastest here; `is_output`: it gives the logits."""
         if self.quantize is None:
             return ops.pack_linear(weight, bias, activation=self.activation, backends=self.backends)
-        return self.pack_quantized(self.quantize.round(weight, is_output=is_output), bias)
+        return self.pack_narrow(self.quantize.round(weight, is_output=is_output), bias)
 
-    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> ops.PackedLinear:
-        """The same for a matrix that the checkpoint holds as integers."""
+    def pack_narrow(self, weight: QuantizedWeight | Float8Weight, bias: Tensor | None) -> ops.PackedLinear:
+        """The same for a matrix that is in 8 bits or fewer already."""
+        if isinstance(weight, Float8Weight):
+            return ops.pack_float8(weight, bias, activation=self.activation, backends=self.backends)
         return ops.pack_quantized(weight, bias, activation=self.activation, backends=self.backends)
 
 
@@ -56,9 +58,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
-        """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or as the integers that it is
-        stored as."""
+    def matrix(self, name: str) -> StoredMatrix:
+        """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or in the 8 bits or fewer that it
+        is stored in."""
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The type that a matrix stored as `stored` is kept in."""
@@ -113,18 +115,16 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
             if bias is not None and part.bias:
                 bias[start : start + part.out_features].copy_(source.read(f"{part.name}.bias"))
         first = source.matrix(self.parts[0].name)
-        if isinstance(first, QuantizedWeight):
-            matrices = [first, *(source.matrix(part.name) for part in self.parts[1:])]
-            integers = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
-            joined = stack_rows(integers) if len(integers) == len(matrices) else None
+        if not isinstance(first, Tensor):
+            joined = stack_rows([first, *(source.matrix(part.name) for part in self.parts[1:])])
             if joined is not None:
-                return place.pack_quantized(joined, bias)
+                return place.pack_narrow(joined, bias)
         # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
-        dtype = source.storage_dtype(torch.bfloat16 if isinstance(first, QuantizedWeight) else first.dtype)
+        dtype = source.storage_dtype(first.dtype if isinstance(first, Tensor) else torch.bfloat16)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=place.device)
         for part, start in zip(self.parts, starts, strict=False):
             stored = source.matrix(part.name)
-            wide = stored.widen() if isinstance(stored, QuantizedWeight) else stored
+            wide = stored if isinstance(stored, Tensor) else stored.widen()
             weight[start : start + part.out_features].copy_(wide.t() if self.transposed else wide)
         return place.pack(weight, bias, is_output=is_output)
 
@@ -141,7 +141,7 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
 
     def load(self, source: WeightSource) -> Tensor:
         stored = source.matrix(self.name)
-        if isinstance(stored, QuantizedWeight):
+        if not isinstance(stored, Tensor):
             stored = stored.widen().to(torch.bfloat16)
         table = torch.empty(
             self.rows, self.width, dtype=source.storage_dtype(stored.dtype), device=source.placement.device
@@ -151,8 +151,8 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
     def load_tied(self, source: WeightSource) -> ops.PackedLinear:
         """The table as the matrix that gives the logits; its rows are looked up there too."""
         stored = source.matrix(self.name)
-        if isinstance(stored, QuantizedWeight):
-            return source.placement.pack_quantized(stored, None)
+        if not isinstance(stored, Tensor):
+            return source.placement.pack_narrow(stored, None)
         return source.placement.pack(self.load(source), None, is_output=True)
 
 

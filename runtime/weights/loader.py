@@ -11,7 +11,7 @@ from torch import Tensor
 
 from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import StoredMatrix
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
@@ -114,7 +114,7 @@ class _CheckpointWeights:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._names[name])
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+    def matrix(self, name: str) -> StoredMatrix:
         return self.read(f"{name}.weight")
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
