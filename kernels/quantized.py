@@ -40,7 +40,7 @@ class QuantizedWeight(NamedTuple):
 
 
 class Float8Weight(NamedTuple):
-    """A matrix [out, in] of scale * code, with one scale for each group of consecutive columns; the last may be short."""
+    """A matrix [out, in] of scale * code, with one scale for each group of columns; the last may be short."""
 
     codes: Tensor  # [out, in] float8_e4m3fn
     scales: Tensor  # [out, ceil(in / group_size)] float32

@@ -26,11 +26,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     quantize: Annotated[
-        Literal["none", "int8", "int4"],
-        Meta(description="round weights as they are loaded, on the CPU: none, int8 (per output) or int4 (in groups)"),
+        Literal["none", "int8", "int4", "nf4", "fp8"],
+        Meta(description="round weights as they are loaded: none, int8 or fp8 (per output), int4 or nf4 (in groups)"),
     ] = "none"
     quantize_group_size: Annotated[
-        int, Meta(ge=16, le=4096, description="inputs that share a scale with int4; smaller is larger and truer")
+        int,
+        Meta(ge=16, le=4096, description="inputs that share a scale with int4 and nf4; smaller is larger and truer"),
     ] = 64
     random_weights: Annotated[
         str, Meta(description="run a named shape with random weights instead of a checkpoint, for measuring")

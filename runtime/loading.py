@@ -29,8 +29,8 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 def _quantization(config: Config) -> Quantization | None:
-    bits = {"none": 0, "int8": 8, "int4": 4}[config.model.quantize]
-    return Quantization(bits=bits, group_size=config.model.quantize_group_size) if bits else None
+    method = config.model.quantize
+    return None if method == "none" else Quantization(method=method, group_size=config.model.quantize_group_size)
 
 
 def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
