@@ -118,7 +118,8 @@ struct Space {
     Scratch query, state;                          // [rows][dim] scaled queries; [rows][dim + 2] running results
 };
 
-Space& own_space() {
+// Not inlined: the compiler would ask for the address again and again, in the middle of loops.
+__attribute__((noinline)) Space& own_space() {
     static thread_local Space space;  // zeroed, and `zeros` stays so
     return space;
 }
