@@ -159,27 +159,51 @@ class TorchBackend(Backend):
 
     def write_kv(self, args: WriteKvArgs) -> None:
         block, offset = args.slot_mapping // BLOCK_SIZE, args.slot_mapping % BLOCK_SIZE
-        args.k_cache[block, :, offset] = args.k
-        args.v_cache[block, :, offset] = args.v
+        for half, (x, cache) in enumerate(((args.k, args.k_cache), (args.v, args.v_cache))):
+            if args.kv_scales is None:
+                cache[block, :, offset] = x.to(cache.dtype)
+                continue
+            elements, scales = _to_8_bits(x.float(), cache.dtype)
+            cache.view(torch.uint8)[block, :, offset] = elements.view(torch.uint8)
+            args.kv_scales[half][block, :, offset] = scales
 
     def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
-        if args.kv_scales is not None:
-            return Refusal(f"it reads no pool of {args.k_cache.dtype}")
         if args.batch.num_tokens == 0:
             return torch.empty_like(args.q)
         if args.batch.max_query_len == 1 and args.batch.num_tokens == args.batch.num_seqs:
             return _decode_attention(args)
         return _ragged_attention(args)
 
-    def copy_blocks(self, args: CopyBlocksArgs) -> Refusal | None:
-        if args.kv_scales is not None:
-            return Refusal(f"it copies no pool of {args.kv_storage.dtype}")
-        args.kv_storage[:, :, args.target] = args.kv_storage[:, :, args.source]
-        return None
+    def copy_blocks(self, args: CopyBlocksArgs) -> None:
+        pool = args.kv_storage
+        for part in (pool,) if args.kv_scales is None else (pool.view(torch.uint8), args.kv_scales):
+            part[:, :, args.target] = part[:, :, args.source]
 
 
 def _add_residual(args: NormArgs) -> Tensor:
     return args.x if args.residual is None else args.residual.add_(args.x)
+
+
+def _to_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Heads [..., head_dim] float32 as elements of int8 or float8_e4m3fn, and their scales [...].
+
+    The scale takes the largest magnitude to the largest element. A NaN or an infinity makes it a NaN, and so the head.
+    """
+    limit = 127.0 if dtype == torch.int8 else 448.0
+    largest = x.abs().amax(-1)
+    inverse = torch.where(largest > 1e-30, limit / largest, 0.0)  # below, all is 0: no infinite factor
+    scaled = (x * inverse[..., None]).nan_to_num(0.0)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), largest / limit + largest * 0.0
+
+
+def _gather(args: AttentionArgs, half: int, blocks: Tensor) -> Tensor:
+    """Blocks of keys (half 0) or values (1), [*blocks.shape, num_kv_heads, BLOCK_SIZE, head_dim]; of 8 bits they come
+    as float32, else as they are."""
+    cache = args.v_cache if half else args.k_cache
+    if args.kv_scales is None:
+        return cache[blocks]
+    elements = cache.view(torch.uint8)[blocks].view(cache.dtype)  # torch indexes no float8
+    return elements.float() * args.kv_scales[half][blocks][..., None]
 
 
 class _DecodePlan:
@@ -206,8 +230,8 @@ def _decode_attention(args: AttentionArgs) -> Tensor:
     plan = args.batch.plan(("torch decode", args.window), lambda: _DecodePlan(args.batch, args.window))
     shape = (num_seqs, num_kv_heads, plan.unseen.shape[1], head_dim)
     # Slots that nobody wrote may hold NaN, and 0 * NaN is NaN: values are zeroed, scores are replaced.
-    k = args.k_cache[plan.blocks].transpose(1, 2).reshape(shape).float()
-    v = args.v_cache[plan.blocks].transpose(1, 2).reshape(shape).float()
+    k = _gather(args, 0, plan.blocks).transpose(1, 2).reshape(shape).float()
+    v = _gather(args, 1, plan.blocks).transpose(1, 2).reshape(shape).float()
     v = v.masked_fill_(plan.unseen[:, None, :, None], 0.0)
     q = (args.q.float() * args.scale).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = (q @ k.transpose(2, 3)).masked_fill_(plan.unseen[:, None, None, :], -torch.inf)
@@ -233,8 +257,10 @@ def _ragged_attention(args: AttentionArgs) -> Tensor:
         blocks = batch.block_tables[seq, first_block : (context_len + BLOCK_SIZE - 1) // BLOCK_SIZE].long()
         base = first_block * BLOCK_SIZE
         keys = slice(first_key - base, context_len - base)
-        k = args.k_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]
-        v = args.v_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]
+        k, v = (
+            _gather(args, half, blocks).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys].to(args.q.dtype)
+            for half in (0, 1)
+        )
         query = torch.arange(first_query, context_len, device=k.device)[:, None]
         key = torch.arange(first_key, context_len, device=k.device)[None, :]
         seen = key <= query if args.window is None else (key <= query) & (key > query - args.window)

@@ -67,8 +67,8 @@ class KVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = 0
     dtype: Annotated[
-        Literal["auto", "fp8", "int8"],
-        Meta(description="of keys and values: auto, fp8 or int8; auto is the model's, 8 bits are for GPUs"),
+        Literal["auto", "bfloat16", "fp8", "int8"],
+        Meta(description="of keys and values: auto (the model's), bfloat16 (CPU), fp8 or int8; 8 bits have scales"),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="reuse the blocks of prompts with the same beginning")] = True
 

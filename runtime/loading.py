@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 
 from millrace.kernels import ops
 from millrace.runtime.config import Config
@@ -16,6 +17,8 @@ from millrace.runtime.text.tokenizer import Tokenizer
 from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
+
+_KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -35,8 +38,11 @@ def _quantization(config: Config) -> Quantization | None:
 
 def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
     """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError."""
-    if config.kv.dtype != "auto" and gpu is None:
-        raise ConfigError(f"kv.dtype is {config.kv.dtype}, but on the CPU it must be auto", param="kv.dtype")
+    if config.kv.dtype == "bfloat16" and gpu is not None:
+        message = (
+            "kv.dtype is bfloat16, but on a GPU it must be auto, which is the type that it computes in, fp8 or int8"
+        )
+        raise ConfigError(message, param="kv.dtype")
     if config.device.compile_kernels and gpu is None:
         # Before weights are packed: it decides how. Some seconds, the first time on a machine.
         if progress is not None:
@@ -54,15 +60,15 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
     if gpu is not None:
         path = None if config.model.random_weights else found.path
         dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype))
-    rounded = _quantization(config)
+    rounded, kv = _quantization(config), _KV_DTYPES[config.kv.dtype]
     if config.model.random_weights:
         # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
         shape = preset(config.model.random_weights)
         model = random_model(
-            shape, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report
+            shape, dtype=dtype, placement=place, quantize=rounded, kv=kv, max_model_len=length, progress=report
         )
     else:
         model = load_model(
-            found.path, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report
+            found.path, dtype=dtype, placement=place, quantize=rounded, kv=kv, max_model_len=length, progress=report
         )
     return Loaded(name, found.path, model, tokenizer, ChatTemplate.load(found.path, tokenizer.special_tokens))

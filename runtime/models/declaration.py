@@ -24,8 +24,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         quantize: what matrices are rounded to as they are loaded; None keeps them as they are. CPU only.
         activation: type of everything that flows through the model.
         scales: type that the scales and biases of norms are kept in.
-        kv: type of keys and values in the cache: None is the activations'; float8_e4m3fn and int8 have a scale for each
-            slot and head.
+        kv: type of keys and values in the cache: None is the activations'; bfloat16 beside float32 halves it;
+            float8_e4m3fn and int8 have a scale for each slot and head.
         backends: who computes the ops; None is the CPU's default list.
     """
 
