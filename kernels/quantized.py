@@ -27,6 +27,10 @@ class QuantizedWeight(NamedTuple):
     def group_size(self) -> int:
         return self.q.shape[1] // self.scales.shape[1]
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        tensors = (None if tensor is None else tensor.to(device) for tensor in (self.codebook, self.order))
+        return QuantizedWeight(self.q.to(device), self.scales.to(device), self.zeros.to(device), self.bits, *tensors)
+
     def widen(self) -> Tensor:
         """The matrix in float32, its columns in the order of the inputs."""
         values = self.q.float() if self.codebook is None else self.codebook.float()[self.q.int()]
@@ -45,6 +49,9 @@ class Float8Weight(NamedTuple):
     codes: Tensor  # [out, in] float8_e4m3fn
     scales: Tensor  # [out, ceil(in / group_size)] float32
     group_size: int
+
+    def to(self, device: torch.device) -> "Float8Weight":
+        return Float8Weight(self.codes.to(device), self.scales.to(device), self.group_size)
 
     def widen(self) -> Tensor:
         """The matrix in float32."""

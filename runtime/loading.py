@@ -56,11 +56,11 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
     length = config.model.max_model_len or None
     report = None if progress is None else (lambda done, total: progress("weights", done, total))
     model: Model
-    dtype, place = config.model.dtype, None
+    dtype, place, rounded = config.model.dtype, None, _quantization(config)
     if gpu is not None:
         path = None if config.model.random_weights else found.path
-        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype))
-    rounded, kv = _quantization(config), _KV_DTYPES[config.kv.dtype]
+        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype), rounded)
+    kv = _KV_DTYPES[config.kv.dtype]
     if config.model.random_weights:
         # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
         shape = preset(config.model.random_weights)

@@ -21,7 +21,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a model lives and computes: the CPU in float32, or a GPU in bfloat16 or float16.
 
     Attributes:
-        quantize: what matrices are rounded to as they are loaded; None keeps them as they are. CPU only.
+        quantize: what matrices are rounded to as they are loaded; None keeps them as they are.
         activation: type of everything that flows through the model.
         scales: type that the scales and biases of norms are kept in.
         kv: type of keys and values in the cache: None is the activations'; bfloat16 beside float32 halves it;
@@ -44,9 +44,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     def pack_narrow(self, weight: QuantizedWeight | Float8Weight, bias: Tensor | None) -> ops.PackedLinear:
         """The same for a matrix that is in 8 bits or fewer already."""
-        if isinstance(weight, Float8Weight):
-            return ops.pack_float8(weight, bias, activation=self.activation, backends=self.backends)
-        return ops.pack_quantized(weight, bias, activation=self.activation, backends=self.backends)
+        there = weight.to(self.device)
+        if isinstance(there, Float8Weight):
+            return ops.pack_float8(there, bias, activation=self.activation, backends=self.backends)
+        return ops.pack_quantized(there, bias, activation=self.activation, backends=self.backends)
 
 
 class WeightSource(Protocol):

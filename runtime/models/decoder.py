@@ -113,6 +113,11 @@ class DecoderModel:
         head = self.spec.head_dim * self.kv_dtype.itemsize + scale
         return self.spec.num_layers * 2 * self.spec.num_kv_heads * head
 
+    @property
+    def backends(self) -> ops.Backends:
+        """Who computes the ops; None is the CPU's default list."""
+        return self._backends
+
     def allocate_kv(self, num_blocks: int) -> PagedKV:
         """Storage for `num_blocks` blocks of BLOCK_SIZE tokens; pages are committed when they are first written."""
         spec = self.spec

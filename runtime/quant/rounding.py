@@ -33,6 +33,10 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     method: Method
     group_size: int = 64
 
+    @property
+    def bits(self) -> int:
+        return 4 if self.method in ("int4", "nf4") else 8
+
     def round(self, weight: Tensor, *, is_output: bool) -> QuantizedWeight | Float8Weight:
         """`weight` [out, in], rounded to the nearest. The matrix that gives the logits is not rounded to 4 bits but to
         8: its errors go straight into the choice of a token. Where groups do not divide the inputs, smaller ones that
