@@ -92,7 +92,7 @@ def _clip(weight: Tensor, gram: Tensor, group_size: int) -> Tensor:
         [gram[at : at + group_size, at : at + group_size] for at in range(0, groups * group_size, group_size)]
     )
     rows = max(1, _SLICE // weight.shape[1])
-    return torch.cat([_clip_rows(part, blocks) for part in weight.split(rows)])
+    return torch.cat([_clip_rows(part, blocks) for part in torch.split(weight, rows)])
 
 
 def _clip_rows(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -98,12 +98,8 @@ class Block:
     def _attend(self, x: Tensor) -> Tensor:
         decl = self.decl
         heads, kv_heads, tokens = decl.num_heads, decl.num_kv_heads, len(x)
-        q, k, v = (
-            self._linear(decl.qkv, x)
-            .view(tokens, heads + 2 * kv_heads, decl.head_dim)
-            .transpose(0, 1)
-            .split((heads, kv_heads, kv_heads))
-        )
+        qkv = self._linear(decl.qkv, x).view(tokens, heads + 2 * kv_heads, decl.head_dim).transpose(0, 1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads])
         q, k = self._rotate(self._head_norm(decl.q_norm, q)), self._rotate(self._head_norm(decl.k_norm, k))
         mask = None
         if decl.window is not None and decl.window < tokens:

@@ -38,10 +38,15 @@ class Windows(NamedTuple):
 class TextSource:
     """A model's tokenizer and chat template, which turn text into the tokens that the model would see in use."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextSource":
         """Raises CheckpointError where `folder` has no readable tokenizer."""
-        self._tokenizer = Tokenizer.load(folder)
-        self._template = ChatTemplate.load(folder, self._tokenizer.special_tokens)
+        tokenizer = Tokenizer.load(folder)
+        return cls(tokenizer, ChatTemplate.load(folder, tokenizer.special_tokens))
 
     def file(self, path: Path) -> Iterator[Token]:
         """The tokens of a file, read as they are wanted.

@@ -80,7 +80,7 @@ def quantize_gptq_weight(
 
 def round_about_zero(weight: Tensor, group_size: int) -> QuantizedWeight:
     """`weight` [out, in] rounded to the nearest of 16 levels, zero the ninth of them, without a look at the inputs."""
-    parts = [_fit(part, torch.ones(group_size), 4, True)[0] for part in weight.split(group_size, dim=1)]
+    parts = [_fit(part, torch.ones(group_size), 4, True)[0] for part in torch.split(weight, group_size, dim=1)]
     scales = torch.stack(parts, 1)
     grouped = weight.view(len(weight), -1, group_size)
     q = (grouped / scales[:, :, None] + 8).round_().clamp_(0, 15).to(torch.uint8).flatten(1)
@@ -100,7 +100,8 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
         if not int(failed):
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
-                return factor.float()
+                wide: Tensor = factor.float()
+                return wide
     raise ValueError(f"the inputs' products have no factorisation with a damping of {100 * damping}: raise it")
 
 

@@ -229,6 +229,6 @@ def _nll(x: Tensor, text: Windows, head: Tensor, kept: Callable[[Tensor], Tensor
         inside = ((targets >= start) & (targets < start + len(part))).nonzero().flatten()
         right[inside] = (states[inside] * part[targets[inside] - start]).sum(1)
         # Tokens in slices too: their logits are as wide as the part.
-        sums = [torch.logsumexp(some @ part.t(), 1) for some in states.split(512)]
+        sums = [torch.logsumexp(some @ part.t(), 1) for some in torch.split(states, 512)]
         total = torch.logaddexp(total, torch.cat(sums))
     return float((total - right).double().sum())

@@ -107,7 +107,9 @@ def quantize(
     texts = _texts(source, chosen, calibration, evaluation, samples, window)
     check_space(output.parent, _space(source, chosen, texts))
     manifest = {
-        "settings": msgspec.to_builtins(chosen),
+        **msgspec.to_builtins(chosen),
+        "samples": samples,
+        "window": window,
         "model": source.digest(),
         "text": hashlib.sha256(b"".join(tensor.numpy().tobytes() for text in texts for tensor in text)).hexdigest(),
     }
@@ -172,7 +174,7 @@ def _texts(
         )
     if samples < 1:
         raise ConfigError(f"samples is {samples}, but it must be at least 1", param="samples")
-    reader = TextSource(source.folder)
+    reader = TextSource.load(source.folder)
     held = max(samples // 8, _LEAST_HELD)
     used = samples if method.calibrated else 0
     if calibration is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from millrace.runtime.errors import CheckpointError, ConfigError
 
 _MANIFEST = "manifest.json"
+_DIGESTS = ("model", "text")  # of the manifest
 
 
 class WorkFolder:
@@ -48,7 +49,7 @@ class WorkFolder:
 
     def _compare(self, earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         changed = [
-            f"{key} was {earlier.get(key)} and is {manifest.get(key)}"
+            f"{key} differs" if key in _DIGESTS else f"{key} was {earlier.get(key)} and is {manifest.get(key)}"
             for key in sorted({*earlier, *manifest})
             if earlier.get(key) != manifest.get(key)
         ]
