@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from millrace.runtime.errors import CheckpointError
 from millrace.runtime.models.declaration import LinearDecl, RMSNormDecl
 from millrace.runtime.models.rotary import RotaryLayerDecl
 
@@ -34,7 +35,10 @@ class Block:
     """
 
     def __init__(self, decl: RotaryLayerDecl, read: Read, cos_sin: Tensor) -> None:
-        """`cos_sin` is [positions, head_dim], cosines first; windows are at most `positions` long."""
+        """`cos_sin` is [positions, head_dim], cosines first; windows are at most `positions` long.
+
+        Raises CheckpointError for a tensor with values that are not finite.
+        """
         self.decl = decl
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
@@ -42,11 +46,11 @@ class Block:
         self._cos, self._sin = cos_sin.chunk(2, dim=1)
         for linear in self._linears().values():
             for part in linear.parts:
-                self.weights[part.name] = _wide(read(f"{part.name}.weight"))
+                self.weights[part.name] = _wide(read, f"{part.name}.weight")
                 if part.bias:
-                    self.biases[part.name] = _wide(read(f"{part.name}.bias"))
+                    self.biases[part.name] = _wide(read, f"{part.name}.bias")
         norms = (decl.input_norm, decl.q_norm, decl.k_norm, decl.post_attention_norm)
-        self.norms = {norm.name: _wide(read(f"{norm.name}.weight")) for norm in norms if norm is not None}
+        self.norms = {norm.name: _wide(read, f"{norm.name}.weight") for norm in norms if norm is not None}
 
     def _linears(self) -> dict[Input, LinearDecl]:
         decl = self.decl
@@ -146,5 +150,8 @@ def output_error(change: Tensor, gram: Tensor) -> float:
     return float(((change @ gram) * change).sum())
 
 
-def _wide(stored: Tensor) -> Tensor:
-    return stored.to(torch.float32, copy=True)  # nothing stays in the memory map
+def _wide(read: Read, name: str) -> Tensor:
+    wide = read(name).to(torch.float32, copy=True)  # nothing stays in the memory map
+    if not bool(wide.isfinite().all()):
+        raise CheckpointError(f"{name} holds values that are not finite: the checkpoint is damaged")
+    return wide

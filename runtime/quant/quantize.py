@@ -183,16 +183,16 @@ def _texts(
     else:
         path = Path(calibration).expanduser()
         read = windows(reader.file(path), window, used + (held if evaluation is None else 0))
-        if evaluation is None:
-            # A short text keeps the same proportion.
-            used = min(used, len(read.ids) - max(1, len(read.ids) // 8)) if method.calibrated else 0
-        if len(read.ids) <= used or (method.calibrated and used < 1):
+        count = len(read.ids)
+        if count < method.calibrated + (evaluation is None):
             raise ConfigError(
-                f"{path} holds {len(read.ids)} windows of {window} tokens, which is too little: give a longer text or "
-                "a smaller window",
+                f"{path} holds {count} windows of {window} tokens, which is too little: give a longer text or a "
+                "smaller window",
                 param="calibration",
             )
-        own, others = read.rows(0, used), read.rows(used, len(read.ids))
+        if evaluation is None and used:
+            used = min(used, count - max(1, count // 8))  # a short text keeps the same proportion
+        own, others = read.rows(0, used), read.rows(used, count)
     if evaluation is not None:
         others = windows(reader.file(Path(evaluation).expanduser()), window, held)
     if not others.scored[:, 1:].any():
