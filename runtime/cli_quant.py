@@ -84,20 +84,24 @@ def _quantize(args: argparse.Namespace) -> int:
         def show(done: int, total: int) -> None:
             progress.update(task, description=args.method, completed=done, total=total)
 
-        report = quantize(
-            args.method,
-            args.model,
-            args.output,
-            bits=args.bits,
-            group_size=args.group_size,
-            sym=args.sym,
-            desc_act=args.desc_act,
-            calibration=args.calibration,
-            evaluation=args.eval,
-            samples=args.samples,
-            window=args.window,
-            progress=show,
-        )
+        try:
+            report = quantize(
+                args.method,
+                args.model,
+                args.output,
+                bits=args.bits,
+                group_size=args.group_size,
+                sym=args.sym,
+                desc_act=args.desc_act,
+                calibration=args.calibration,
+                evaluation=args.eval,
+                samples=args.samples,
+                window=args.window,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            _err.print("stopped; the same command goes on behind the last finished layer")
+            raise
     print(report.table())
     _err.print(f"written to {report.output}", markup=False, soft_wrap=True)
     return 0

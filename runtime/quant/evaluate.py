@@ -47,6 +47,7 @@ def perplexity(
     Args:
         window: tokens that the model sees at a time; the default is 1024, or all that it has positions for.
         stride: tokens by which the window moves on; the others of it are context only. The default is half a window.
+            With a whole one the first token of each has no context, and is not scored.
         progress: called with the number of tokens read so far.
 
     Raises:

@@ -119,18 +119,16 @@ class Job:
 
     def _embed(self) -> dict[str, Tensor]:
         table = self._source.read(f"{self._source.decl.embedding.name}.weight")
-        kept = self._texts.held_out.ids
-        if int(max(kept.max(), self._texts.calibration.ids.max() if len(self._texts.calibration.ids) else 0)) >= len(
-            table
-        ):
+        largest = max(int(text.ids.max()) for text in self._texts if text.ids.numel())
+        if largest >= len(table):
             raise CheckpointError(
-                f"the tokenizer gives ids beyond the model's {len(table)}: they do not belong together"
+                f"the tokenizer gives the id {largest}, but the model has {len(table)}: they do not belong together"
             )
-        rows = table[kept]
+        own, held_out = (table[text.ids] for text in self._texts)
         return {
-            "calibration": self._kept(table[self._texts.calibration.ids], "the embedding").float(),
-            "before": rows.float(),
-            "after": self._kept(rows, "the embedding").float(),
+            "calibration": self._kept(own, "the embedding").float(),
+            "before": held_out.float(),
+            "after": self._kept(held_out, "the embedding").float(),
         }
 
     def _layer(self, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,9 +200,8 @@ class Job:
                     total += opened.get_tensor(name).nbytes
         config = source.written_config()
         if self._method.is_half:
-            for key in ("dtype", "torch_dtype"):
-                if key in config:
-                    config[key] = "float16"
+            # The key of transformers 5, and that of 4, which 5 reads too.
+            config["dtype" if "dtype" in config else "torch_dtype"] = "float16"
         config["quantization_config"] = self._method.config()
         work.publish(config, {"metadata": {"total_size": total}, "weight_map": weight_map})
         return total

@@ -91,6 +91,8 @@ class Awq(_Grouped, frozen=True, kw_only=True, tag="awq"):
     calibrated = is_half = True
     bits_supported = (4,)
 
+    bits: int = 4
+
     @property
     def multiple(self) -> int:
         return 8
@@ -111,8 +113,9 @@ class Gptq(_Grouped, frozen=True, kw_only=True, tag="gptq"):
     calibrated = is_half = True
     bits_supported = (2, 3, 4, 8)
 
-    sym: bool
-    desc_act: bool
+    bits: int = 4
+    sym: bool = True
+    desc_act: bool = False
 
     @property
     def multiple(self) -> int:
@@ -148,6 +151,8 @@ class Int8(Method, frozen=True, kw_only=True, tag="int8"):
 
     bits_supported = (8,)
 
+    bits: int = 8
+
     def quantize(self, block: Block, x: Tensor) -> dict[str, Rounded]:
         return {name: round_to_nearest(weight, 8, None) for name, weight in block.weights.items()}
 
@@ -167,6 +172,8 @@ class Int4(_Grouped, frozen=True, kw_only=True, tag="int4"):
 
     bits_supported = (4,)
 
+    bits: int = 4
+
     def quantize(self, block: Block, x: Tensor) -> dict[str, Rounded]:
         return {name: round_about_zero(weight, self.group_size) for name, weight in block.weights.items()}
 
@@ -181,6 +188,8 @@ class Fp8(Method, frozen=True, kw_only=True, tag="fp8"):
     """float8_e4m3fn with a scale for each output, activations with one for each token; compressed-tensors."""
 
     bits_supported = (8,)
+
+    bits: int = 8
 
     def quantize(self, block: Block, x: Tensor) -> dict[str, Rounded]:
         return {name: writer.round_to_fp8(weight) for name, weight in block.weights.items()}

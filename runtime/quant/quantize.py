@@ -73,7 +73,7 @@ def quantize(
     window: int = 512,
     progress: Progress | None = None,
 ) -> Report:
-    """Writes a quantised copy of a checkpoint of the Llama family, ready for transformers, vLLM and Millrace.
+    """Writes a quantised copy of a checkpoint of the Llama family, in a layout that other programs load too.
 
     What is finished lies in `<output_path>.partial` until all is; called again after it was killed, with the same
     arguments, it goes on there. Embedding and output matrix are not quantised.
@@ -126,11 +126,10 @@ def _choose(name: str, source: Source, options: Mapping[str, Any]) -> Method:
     if wrong := sorted(settings.keys() - fields):
         names = ", ".join(_OPTION_NAMES.get(key, key) for key in wrong)
         raise ConfigError(f"{names} is no setting of {name}", param=_OPTION_NAMES.get(wrong[0], wrong[0]))
-    settings.setdefault("bits", kind.bits_supported[0] if len(kind.bits_supported) == 1 else 4)
     if "group" in fields:
         sizes = [linear.in_features for layer in source.layers for linear in _linears(layer)]
         settings.setdefault("group", math.gcd(_GROUP, *sizes))
-    chosen = kind(**{"sym": True, "desc_act": False} | settings if "sym" in fields else settings)
+    chosen = kind(**settings)
     _check_sizes(chosen, source)
     return chosen
 

@@ -39,14 +39,14 @@ class Source:
     def __init__(self, folder: Path) -> None:
         """Checks names and shapes; reads no weight. Raises CheckpointError."""
         self.folder = folder
-        self.config: dict[str, Any] = json.loads(json.dumps(read_config(folder)))
-        if self.config.get("quantization_config") is not None:
+        config = read_config(folder)
+        if config.get("quantization_config") is not None:
             raise CheckpointError(
                 f"{folder} is quantised already (config.json has quantization_config): give the float32, bfloat16 or "
                 "float16 checkpoint of the same model",
                 param="quantization_config",
             )
-        decl = declare(self.config)
+        decl = declare(config)
         if not isinstance(decl, RotaryDecl):
             raise CheckpointError(
                 f"{decl.spec.architecture} cannot be written quantised: it stores its matrices [in, out] (Conv1D), and "
