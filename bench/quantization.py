@@ -1,6 +1,6 @@
 """What quantised copies of a model lose: size and perplexity of held-out text, method by method.
 
-    python bench/quantization.py [--model grist] [--group-size 64] [--calibration FILE] [--eval FILE] [--json FILE]
+    python bench/quantization.py [--model grist] [--rows ...] [--group-size 64] [--eval FILE] [--json FILE]
 
 All rows are of the same windows of text. Weights are dequantised and multiplied in float32; int8 and fp8 round
 activations too, as their formats say. "nearest" is plain rounding between a group's least and largest weight, the
@@ -9,13 +9,10 @@ measure for AWQ and GPTQ.
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
 from millrace.runtime.quant.job import Report
@@ -45,63 +42,67 @@ def write_nearest(model: str, folder: Path, group_size: int) -> None:
     source.copy_others(folder)
 
 
-def measure(options: argparse.Namespace, folder: Path, console: Console) -> list[dict[str, Any]]:
-    texts = {"calibration": options.calibration, "evaluation": options.eval, "samples": options.samples}
-    group = {"group_size": options.group_size}
+# name: (method, its settings); those with groups take --group-size.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8", {}),
+    "fp8": ("fp8", {}),
+    "int4 nearest": ("int8", {}),  # of a checkpoint that plain rounding made: what comes before is what it loses
+    "int4": ("int4", {}),
+    "gptq": ("gptq", {}),
+    "gptq no-sym": ("gptq", {"sym": False}),
+    "awq": ("awq", {}),
+}
 
-    def run(name: str, method: str, **settings: Any) -> Report:
-        with console.status(name):
-            return quantize(method, options.model, folder / name.replace(" ", "-"), **texts, **settings)
 
-    rows: list[dict[str, Any]] = []
-
-    def add(name: str, size: int, value: float) -> None:
-        rows.append({"method": name, "bytes": size, "perplexity": value, "change": value / rows[0]["perplexity"] - 1
-                     if rows else 0.0})  # fmt: skip
-
-    int8 = run("int8", "int8")
-    add("as given", int8.bytes_before, int8.before)
-    add("int8", int8.bytes_after, int8.after)
-    fp8 = run("fp8", "fp8")
-    add("fp8", fp8.bytes_after, fp8.after)
-    awq = run("awq", "awq", **group)
-    with console.status("nearest"):
-        write_nearest(options.model, folder / "nearest-model", options.group_size)
-        # What comes before another method is what plain rounding gives; zeros and scales take as much as AWQ's.
-        nearest = quantize("int8", folder / "nearest-model", folder / "nearest", **texts)
-    add("int4 nearest", awq.bytes_after, nearest.before)
-    for name, method, settings in (
-        ("int4", "int4", {}),
-        ("gptq", "gptq", {}),
-        ("gptq no-sym", "gptq", {"sym": False}),
-    ):
-        report = run(name, method, **settings, **group)
-        add(name, report.bytes_after, report.after)
-    add("awq", awq.bytes_after, awq.after)
-    return rows
+def measure(name: str, options: argparse.Namespace, folder: Path) -> Report:
+    method, settings = ROWS[name]
+    model = options.model
+    if name == "int4 nearest":
+        model = str(folder / "nearest")
+        write_nearest(options.model, Path(model), options.group_size)
+    if method not in ("int8", "fp8"):
+        settings = settings | {"group_size": options.group_size}
+    return quantize(
+        method,
+        model,
+        folder / name.replace(" ", "-"),
+        calibration=options.calibration,
+        evaluation=options.eval,
+        samples=options.samples,
+        **settings,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="grist", help="checkpoint folder or hub id")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="all if left out")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=64, help="windows of calibration")
+    parser.add_argument("--samples", type=int, default=64, help="windows of calibration, of 512 tokens")
     parser.add_argument("--calibration", type=Path, help="text file; built-in conversations if left out")
     parser.add_argument("--eval", type=Path, help="held-out text")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     options = parser.parse_args()
-    console = Console()
-    folder = Path(tempfile.mkdtemp(prefix="millrace-quantization-"))
-    try:
-        rows = measure(options, folder, console)
-    finally:
-        shutil.rmtree(folder)
-    table = Table(title=f"{options.model}, groups of {options.group_size}")
-    for column in ("method", "MB", "perplexity", "change"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        table.add_row(row["method"], f"{row['bytes'] / 1e6:,.2f}", f"{row['perplexity']:.4f}", f"{row['change']:+.2%}")
-    console.print(table)
+    rows: list[dict[str, Any]] = []
+    given: Report | None = None
+    print(f"{options.model}, groups of {options.group_size}\n{'':<14}{'MB':>10}{'perplexity':>12}{'change':>10}")
+    with tempfile.TemporaryDirectory(prefix="millrace-quantization-") as folder:
+        for name in options.rows:
+            report = measure(name, options, Path(folder))
+            is_nearest = name == "int4 nearest"
+            if given is None and not is_nearest:
+                given = report
+                print(f"{'as given':<14}{report.bytes_before / 1e6:>10,.2f}{report.before:>12.4f}", flush=True)
+            value = report.before if is_nearest else report.after
+            # The integers, scales and zeros of plain rounding are not written here.
+            size = None if is_nearest else report.bytes_after
+            change = None if given is None else value / given.before - 1
+            rows.append({"method": name, "bytes": size, "perplexity": value, "change": change})
+            print(
+                f"{name:<14}{'' if size is None else f'{size / 1e6:,.2f}':>10}{value:>12.4f}"
+                f"{'' if change is None else f'{change:+.2%}':>10}",
+                flush=True,
+            )
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
