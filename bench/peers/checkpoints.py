@@ -38,7 +38,11 @@ def widen_vocabulary(lib: dict[str, Any], size: int) -> None:
     """
     words = lib["model"]["vocab"]
     used = {*words.values(), *(token["id"] for token in lib["added_tokens"])}
-    words.update({f"Ġw{index}": index for index in range(size) if index not in used})
+    free = [index for index in range(size) if index not in used]
+    names = {index: f"Ġw{index}" for index in free}
+    # Tokenizer classes of transformers add these where they are missing, which would be one word too many.
+    names.update(zip(reversed(free), ("<|endoftext|>", "<unk>", "<s>", "</s>"), strict=False))
+    words.update({word: index for index, word in names.items()})
 
 
 def gguf(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:

@@ -133,7 +133,8 @@ def build(recipe: Recipe, cache: Path, limit: float, rebuild: bool = False) -> E
     python = str(folder / "bin" / "python")
     try:
         run([sys.executable, "-m", "venv", str(folder)], log, deadline)
-        run([python, "-m", "pip", "install", *recipe.packages], log, deadline, variables)
+        if recipe.packages:
+            run([python, "-m", "pip", "install", *recipe.packages], log, deadline, variables)
         for command in recipe.commands:
             run([part.format(env=folder) for part in command], log, deadline, variables)
         version = run([python, "-c", recipe.check], log, deadline, variables).strip().splitlines()[-1]

@@ -51,7 +51,7 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}) + "\n")
             self._process.stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a broken or a closed pipe
             raise WorkerError(self._ended()) from error
         return self._answer()
 
@@ -78,7 +78,7 @@ class Worker:
         except queue.Empty:
             self._process.kill()
             self.close()
-            raise WorkerError(f"no answer in {self._limit:.0f} s") from None
+            raise WorkerError(f"no answer in {self._limit:g} s") from None
         if line is None:
             raise WorkerError(self._ended())
         answer: dict[str, Any] = json.loads(line)
