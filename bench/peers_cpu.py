@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         engines = chosen(args.peers, args.precisions)
     except ValueError as error:
         parser.error(str(error))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     bench = Bench(args, console)
     bench.build(engines)
     for name, reason in bench.not_built.items():

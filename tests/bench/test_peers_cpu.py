@@ -120,7 +120,7 @@ def test_what_goes_wrong_in_a_worker_is_told(start: Callable[..., Worker], first
 def test_a_worker_that_does_not_answer_is_ended(start: Callable[..., Worker]) -> None:
     worker = start()
     worker._limit = 0.2
-    with pytest.raises(WorkerError, match="no answer in 0.2 s"):
+    with pytest.raises(WorkerError, match=r"no answer in 0\.2 s"):
         worker.run([[15]], 2)
     with pytest.raises(WorkerError, match="ended with status -9"):
         worker.run([[1]], 1)
