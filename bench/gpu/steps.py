@@ -31,7 +31,7 @@ class Load(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.preset if self.quantize is None else f"{self.preset} int{self.quantize.bits}"
+        return self.preset if self.quantize is None else f"{self.preset} {self.quantize.method}"
 
     @property
     def shape(self) -> Shape:
@@ -42,8 +42,9 @@ class Load(NamedTuple):
 LOADS = {
     "steps-8b": (Load("llama-3.1-8b", (1, 64, 256)),),
     "steps-7b": (Load("llama-2-7b", (1, 64)),),
-    "steps-int": tuple(
-        Load("llama-3.1-8b", (1, 8), Quantization(bits=bits, group_size=64)) for bits in (8, 4)
+    "steps-int": (
+        Load("llama-3.1-8b", (1, 8), Quantization(method="int8")),
+        Load("llama-3.1-8b", (1, 8), Quantization(method="int4")),
     ),
 }  # fmt: skip
 NEED = 12.0  # seconds that a further model takes to make and measure, at least

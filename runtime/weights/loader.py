@@ -11,7 +11,7 @@ from torch import Tensor
 
 from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import StoredMatrix
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
@@ -31,6 +31,7 @@ def load_model(
     dtype: str = "auto",
     placement: Placement | None = None,
     quantize: Quantization | None = None,
+    kv: torch.dtype | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -43,6 +44,7 @@ def load_model(
             placement it stays "auto": everything is of the type that the placement computes in.
         placement: a GPU and its backends; None is the CPU.
         quantize: how matrices are rounded as they are read, on the CPU; None keeps them as they are.
+        kv: type of keys and values in the cache, on the CPU, as in `Placement`; with a placement its own counts.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
 
@@ -55,7 +57,7 @@ def load_model(
     checkpoint = Checkpoint(path)
     names = _match(decl, checkpoint, path)
     source = _CheckpointWeights(
-        checkpoint, names, _storage(dtype, placement), placement or Placement(quantize=quantize)
+        checkpoint, names, _storage(dtype, placement), placement or Placement(quantize=quantize, kv=kv)
     )
     return decl.build(source, length, progress or _silent)
 
@@ -67,6 +69,7 @@ def random_model(
     dtype: str = "auto",
     placement: Placement | None = None,
     quantize: Quantization | None = None,
+    kv: torch.dtype | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -78,7 +81,7 @@ def random_model(
     decl = declare(config)
     automatic = dtype == "auto" and placement is None
     stored = torch.float32 if automatic else _storage(dtype, placement)[torch.float32]
-    source = RandomWeights(decl.tensors(), seed, stored, stored, placement or Placement(quantize=quantize))
+    source = RandomWeights(decl.tensors(), seed, stored, stored, placement or Placement(quantize=quantize, kv=kv))
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
 
 
@@ -114,7 +117,7 @@ class _CheckpointWeights:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._names[name])
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+    def matrix(self, name: str) -> StoredMatrix:
         return self.read(f"{name}.weight")
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:

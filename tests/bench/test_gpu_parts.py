@@ -237,7 +237,7 @@ def test_steps_on_the_shim(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
             load = steps.Load("tiny", (1, 3, 50))
             steps.decode_rows(found, driver, CallOnce(driver.enqueue), load, model, 40, free)
             steps.prefill_rows(found, CallOnce(driver.enqueue), load, model, (20,))
-            load = steps.Load("tiny", (2,), Quantization(bits=4, group_size=64))
+            load = steps.Load("tiny", (2,), Quantization(method="int4"))
             where = placement(place, driver, 4, quantize=load.quantize)
             model = random_model(tiny(), placement=where, max_model_len=256)
             launcher.launches.clear()

@@ -219,11 +219,13 @@ async def test_a_start_that_is_refused_leaves_no_thread(shim: ShimLauncher) -> N
     await world.close()
 
 
-async def test_8_bit_keys_are_for_gpus_and_their_head_sizes() -> None:
-    with pytest.raises(ConfigError, match=r"kv\.dtype is fp8, but on the CPU it must be auto"):
-        await Runtime(device__kind="cpu", kv__dtype="fp8").start()
+async def test_keys_are_of_16_bits_or_of_8_for_some_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher: Any = SimpleNamespace(device_type="cpu", sm_count=1)  # nothing gets so far as to launch a kernel
+    monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
+    with pytest.raises(ConfigError, match=r"kv\.dtype is bfloat16, but on a GPU it must be auto"):
+        await Runtime(kv__dtype="bfloat16").start()
     model: Any = LedgerModel()  # of a head size that no kernel has
-    gpu, world = Gpu(FakeDriver(), SimpleNamespace(device_type="cpu", sm_count=1)), AsyncioWorld()
+    gpu, world = Gpu(FakeDriver(), launcher), AsyncioWorld()
     with pytest.raises(ConfigError, match=r"kv\.dtype is int8, .*head sizes of 32, 64, .* not 1: use auto"):
         await start_gpu(world, gpu, config(kv__dtype="int8"), model)
     await world.close()
