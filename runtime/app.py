@@ -36,7 +36,8 @@ class Runtime:
     It installs no signal handler, starts no process, and gives memory, threads and descriptors back on close.
 
     Args:
-        model: checkpoint folder or hub id; None takes `config.model.path`, and where that is empty the embedded model.
+        model: checkpoint folder, GGUF file or hub id; None takes `config.model.path`, and where that is empty the embedded
+            model.
         config: a whole configuration; the default is Config().
         progress: called with (what, done, total) while weights load.
         options: single options over `config`, as `section__name=value` (`scheduler__max_num_seqs=8`).
@@ -223,6 +224,11 @@ class Runtime:
     @property
     def template(self) -> ChatTemplate:
         return self._ready().template
+
+    @property
+    def stored(self) -> str:
+        """How a GGUF file stores its weights, in words; "" for other checkpoints."""
+        return self._ready().stored
 
     @property
     def memory_plan(self) -> MemoryPlan:

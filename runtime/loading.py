@@ -12,7 +12,10 @@ from millrace.runtime.gpu import Gpu, placement
 from millrace.runtime.models.base import Model
 from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.text.chat import ChatTemplate
+from millrace.runtime.text.gguf_tokenizer import chat_templates, load_tokenizer
 from millrace.runtime.text.tokenizer import Tokenizer
+from millrace.runtime.weights.gguf import GgufCheckpoint
+from millrace.runtime.weights.gguf_file import is_gguf
 from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
@@ -26,11 +29,20 @@ class Loaded(msgspec.Struct, frozen=True):
     model: Model
     tokenizer: Tokenizer
     template: ChatTemplate
+    stored: str = ""  # how the file's weights are stored, in words, where that is worth saying
 
 
 def _quantization(config: Config) -> Quantization | None:
     bits = {"none": 0, "int8": 8, "int4": 4}[config.model.quantize]
     return Quantization(bits=bits, group_size=config.model.quantize_group_size) if bits else None
+
+
+def _load_text(path: Path, gguf: GgufCheckpoint | None) -> tuple[Tokenizer, ChatTemplate]:
+    if gguf is None:
+        tokenizer = Tokenizer.load(path)
+        return tokenizer, ChatTemplate.load(path, tokenizer.special_tokens)
+    tokenizer = load_tokenizer(gguf.metadata, str(path))
+    return tokenizer, ChatTemplate(chat_templates(gguf.metadata), tokenizer.special_tokens)
 
 
 def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
@@ -46,7 +58,8 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
             progress("CPU kernels", 1, 1)
     found = resolve_model(config.model.path)
     name = config.model.served_name or config.model.random_weights or found.name
-    tokenizer = Tokenizer.load(found.path)
+    gguf = GgufCheckpoint(found.path) if is_gguf(found.path) else None
+    tokenizer, template = _load_text(found.path, gguf)
     length = config.model.max_model_len or None
     report = None if progress is None else (lambda done, total: progress("weights", done, total))
     model: Model
@@ -63,6 +76,7 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
         )
     else:
         model = load_model(
-            found.path, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report
+            found.path, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report, gguf=gguf
         )
-    return Loaded(name, found.path, model, tokenizer, ChatTemplate.load(found.path, tokenizer.special_tokens))
+    stored = gguf.describe() if gguf is not None and not config.model.random_weights else ""
+    return Loaded(name, found.path, model, tokenizer, template, stored)

@@ -1,14 +1,15 @@
 """A checkpoint's folder: its config and its tensors in safetensors files, read by memory map and never by pickle."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -22,6 +23,22 @@ class StoredTensor(msgspec.Struct, frozen=True):
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+class CheckpointFiles(Protocol):
+    """The stored tensors of a model, in safetensors or GGUF files."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in a float type, valid until `release`."""
+
+    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+        """The same for a matrix, which may come as integers."""
+
+    def release(self) -> None:
+        """Unmaps the files."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,6 +81,9 @@ class Checkpoint:
             self._open[stored.file] = safe_open(stored.file, framework="pt")
         tensor: Tensor = self._open[stored.file].get_tensor(name)
         return tensor
+
+    def matrix(self, name: str) -> Tensor:
+        return self.read(name)
 
     def release(self) -> None:
         """Unmaps the files, so that pages that were copied out do not stay resident beside the copies."""

@@ -126,14 +126,24 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
+def split_parts(path: Path) -> list[Path]:
+    """The files of the split model that `path` is one of, by their names; `path` itself where it is whole."""
+    split = _SPLIT_NAME.fullmatch(path.name)
+    count = 1 if split is None else int(split["count"])
+    if split is None or count < 2:
+        return [path]
+    return [path.with_name(f"{split['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+
+
 def read_gguf(path: Path) -> Gguf:
     """Reads the header of `path`, and of the other files where it is one of a split model.
 
     Raises CheckpointError for a damaged or incomplete file, for another version or byte order, and for tensors of a
     type that is not supported.
     """
-    split = _SPLIT_NAME.fullmatch(path.name)
-    if split is None:
+    paths = split_parts(path)
+    count = len(paths)
+    if count == 1:
         whole = _read_file(path)
         if (count := _count(whole, "split.count", 1)) > 1:
             raise CheckpointError(
@@ -142,12 +152,10 @@ def read_gguf(path: Path) -> Gguf:
                 param="model",
             )
         return whole
-    count = int(split["count"])
-    paths = [path.with_name(f"{split['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [part.name for part in paths if not part.is_file()]
-    if missing or not paths:
+    if missing:
         raise CheckpointError(
-            f"{path} is one of {count} files; not beside it: {', '.join(missing[:8]) or 'any'}. Fetch the whole model",
+            f"{path} is one of {count} files; not beside it: {', '.join(missing[:8])}. Fetch the whole model",
             param="model",
         )
     parts = [_read_file(part) for part in paths]

@@ -17,7 +17,9 @@ from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
 from millrace.runtime.quant.rounding import Quantization
-from millrace.runtime.weights.checkpoint import Checkpoint, read_config
+from millrace.runtime.weights.checkpoint import Checkpoint, CheckpointFiles, read_config
+from millrace.runtime.weights.gguf import GgufCheckpoint
+from millrace.runtime.weights.gguf_file import is_gguf
 from millrace.runtime.weights.synthetic import RandomWeights
 
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
@@ -33,11 +35,12 @@ def load_model(
     quantize: Quantization | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
+    gguf: GgufCheckpoint | None = None,
 ) -> DecoderModel:
-    """Loads a checkpoint in Hugging Face layout; memory peaks at the weights and one layer.
+    """Loads a checkpoint in Hugging Face layout, or a GGUF file; memory peaks at the weights and one layer.
 
     Args:
-        path: the folder with config.json and safetensors files.
+        path: the folder with config.json and safetensors files, or the GGUF file.
         dtype: how matrices are stored: "float32", "bfloat16", or "auto", which keeps bfloat16 matrices as they are
             where the kernels read them directly, and widens all others. Arithmetic is float32 either way. With a
             placement it stays "auto": everything is of the type that the placement computes in.
@@ -45,14 +48,17 @@ def load_model(
         quantize: how matrices are rounded as they are read, on the CPU; None keeps them as they are.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
+        gguf: the GGUF file at `path`, where it is open already.
 
     Raises:
         CheckpointError: unknown architecture or setting; missing, unexpected, misshapen or unreadable weights.
         ConfigError: dtype or max_model_len is not supported.
     """
-    decl = declare(read_config(path))
+    if gguf is None and is_gguf(path):
+        gguf = GgufCheckpoint(path)
+    decl = declare(read_config(path) if gguf is None else gguf.config())
     length = _model_len(decl, max_model_len)
-    checkpoint = Checkpoint(path)
+    checkpoint: CheckpointFiles = gguf or Checkpoint(path)
     names = _match(decl, checkpoint, path)
     source = _CheckpointWeights(
         checkpoint, names, _storage(dtype, placement), placement or Placement(quantize=quantize)
@@ -91,7 +97,10 @@ def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
         return known[dtype]
     if dtype != "auto":
         raise ConfigError(f"model.dtype is {dtype}, but on a GPU it must be auto, bfloat16 or float16", param="dtype")
-    stored = set() if path is None else {tensor.dtype for tensor in Checkpoint(path).tensors.values()}
+    stored: set[str] = set()
+    if path is not None:
+        files: CheckpointFiles = GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path)
+        stored = {tensor.dtype for tensor in files.tensors.values()}
     return torch.float16 if "F16" in stored and "BF16" not in stored else torch.bfloat16
 
 
@@ -100,7 +109,7 @@ class _CheckpointWeights:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFiles,
         names: Mapping[str, str],
         storage: Mapping[torch.dtype, torch.dtype],
         placement: Placement,
@@ -115,7 +124,7 @@ class _CheckpointWeights:
         return self._checkpoint.read(self._names[name])
 
     def matrix(self, name: str) -> Tensor | QuantizedWeight:
-        return self.read(f"{name}.weight")
+        return self._checkpoint.matrix(self._names[f"{name}.weight"])
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._storage[stored]
@@ -133,7 +142,7 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _match(decl: DecoderDecl, checkpoint: Checkpoint, path: Path) -> dict[str, str]:
+def _match(decl: DecoderDecl, checkpoint: CheckpointFiles, path: Path) -> dict[str, str]:
     """Declared name -> stored name; raises CheckpointError that lists every name or shape at fault."""
     stored = checkpoint.tensors
     prefix = decl.base_prefix if any(name.startswith(decl.base_prefix) for name in stored) else ""
@@ -169,7 +178,7 @@ def _match(decl: DecoderDecl, checkpoint: Checkpoint, path: Path) -> dict[str, s
     return names
 
 
-def _check_tied(checkpoint: Checkpoint, embedding: str) -> None:
+def _check_tied(checkpoint: CheckpointFiles, embedding: str) -> None:
     """Some checkpoints store a tied output matrix a second time."""
     same = torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read(embedding))
     checkpoint.release()
