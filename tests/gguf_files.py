@@ -1,8 +1,8 @@
-"""GGUF files made from checkpoints in Hugging Face layout, as llama.cpp's converter makes them, by the `gguf` package."""
+"""GGUF files made from Hugging Face checkpoints as llama.cpp's converter makes them, by the `gguf` package."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES
 
 KindOf = Callable[[str], str]  # a tensor's name in the file -> the type of its values
 
-# Where the float16 scales of a block lie, by type.
-_SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
-           "Q6_K": (208,)}  # fmt: skip
+# Where the float16 scale of a block lies, and where that of its minimum, with a factor that keeps the mean near 0.
+_SCALES: dict[str, tuple[tuple[int, float], ...]] = {
+    "Q4_1": ((0, 1.0), (2, -7.5)), "Q5_1": ((0, 1.0), (2, -15.5)), "Q2_K": ((80, 1.0), (82, 1.5)),
+    "Q3_K": ((108, 1.0),), "Q4_K": ((0, 1.0), (2, 7.5)), "Q5_K": ((0, 1.0), (2, 15.5)), "Q6_K": ((208, 1.0),),
+}  # fmt: skip
 _MAP = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
@@ -41,8 +43,8 @@ def random_blocks(kind: str, outputs: int, inputs: int, seed: int = 0, scale: fl
     block = BLOCK_TYPES[kind]
     data = generator.integers(0, 256, (outputs, inputs // block.weights * block.nbytes), dtype=np.uint8)
     blocks = data.reshape(-1, block.nbytes)
-    for at in _SCALES.get(kind, (0,)):
-        scales = (scale * generator.normal(1.0, 0.2, len(blocks))).astype(np.float16)
+    for at, factor in _SCALES.get(kind, ((0, 1.0),)):
+        scales = (scale * factor * generator.normal(1.0, 0.2, len(blocks))).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
     return data
 
@@ -53,7 +55,9 @@ def stored(values: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:
     try:
         return gguf.quants.quantize(values, number)
     except NotImplementedError:
-        return random_blocks(kind, *values.shape, seed=seed)
+        blocks = random_blocks(kind, *values.shape, seed=seed)
+        spread = float(gguf.quants.dequantize(blocks, number).std() / values.std())
+        return random_blocks(kind, *values.shape, seed=seed, scale=0.002 / spread)
 
 
 def write_gguf(
@@ -62,7 +66,8 @@ def write_gguf(
     kind_of: KindOf = lambda name: "F32",
     *,
     keys: Mapping[str, Any] | None = None,
-    drop: tuple[str, ...] = (),
+    drop: Sequence[str] = (),
+    values: Mapping[str, np.ndarray] | None = None,
     split_max_tensors: int = 0,
     tokenizer: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -72,20 +77,24 @@ def write_gguf(
         kind_of: types of the matrices; vectors are F32 as in llama.cpp's files.
         keys: replace the header's keys; None takes one out.
         drop: tensors that are left out.
+        values: replace the checkpoint's, and may add to them.
+        tokenizer: with the folder's tokenizer, which must be of Qwen2's pattern; else with words of no meaning.
     """
     config = json.loads((folder / "config.json").read_text())
     arch = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split_max_tensors)
-    fields = _model_keys(arch, config) | (_tokenizer_keys(folder, config["vocab_size"]) if tokenizer else _WORDS(config))
+    fields = _model_keys(arch, config) | (
+        _tokenizer_keys(folder, config["vocab_size"]) if tokenizer else _words(config)
+    )
     for key, value in {**fields, **(keys or {})}.items():
         _add(writer, key, value)
     matrices: dict[str, np.ndarray] = {}
-    for name, values in _tensors(folder, arch, config).items():
+    for name, wide in {**_tensors(folder, arch, config), **(values or {})}.items():
         if name in drop:
             continue
-        kind = kind_of(name) if values.ndim == 2 else "F32"
-        data = stored(values, kind, seed=len(matrices))
-        matrices[name] = gguf.quants.dequantize(data, GGMLQuantizationType[kind]) if kind != "F32" else values
+        kind = kind_of(name) if wide.ndim == 2 else "F32"
+        data = stored(wide, kind, seed=len(matrices))
+        matrices[name] = gguf.quants.dequantize(data, GGMLQuantizationType[kind]) if kind != "F32" else wide
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -109,7 +118,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def _WORDS(config: Mapping[str, Any]) -> dict[str, Any]:
+def _words(config: Mapping[str, Any]) -> dict[str, Any]:
     """The least that a vocabulary can be."""
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -222,7 +231,9 @@ def vocabulary_keys(lib: tokenizers.Tokenizer, config: Mapping[str, Any], vocab_
             else TokenType.USER_DEFINED if index in added else TokenType.NORMAL
         )  # fmt: skip
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-    texts = {name: text["content"] if isinstance(text, dict) else text for name, text in config.items() if name in names}
+    texts = {
+        name: text["content"] if isinstance(text, dict) else text for name, text in config.items() if name in names
+    }
     ids = {
         f"tokenizer.ggml.{names[name]}_token_id": lib.token_to_id(text)
         for name, text in texts.items()

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
 
-_SLICE = 1 << 22  # weights that are spread out at a time
-_PRECISION = 2.0**-10  # of what float16 may lose of a matrix's largest scale before it is widened instead
+_SLICE = 1 << 20  # weights that are spread out at a time
 _LARGEST = 65504.0  # of float16
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -51,32 +50,26 @@ def read_blocks(kind: BlockType, data: Tensor) -> QuantizedWeight | Tensor:
     """The matrix in `data` [out, bytes of a row] uint8, its integers as they are stored.
 
     Scales and zeros are rounded to float16. That is exact for Q4_0, Q5_0, Q8_0 and IQ4_NL; elsewhere a weight may be
-    off by 2^-11 of itself and of its group's minimum, and 2^-25 times its integer where a scale is below float16's
-    normal range. A matrix whose scales as a whole do not fit that range is given in float32 instead.
+    off by 2^-11 of its group's largest and of its minimum. Small scales lose nothing: a float16 times an integer is a
+    multiple of the smallest float16. A matrix with a scale that is too large for one is given in float32 instead.
 
     Raises ValueError where a scale is not finite.
     """
     outputs, groups = len(data), data.shape[1] // kind.nbytes * (kind.weights // kind.group)
     q = torch.empty(outputs, groups * kind.group, dtype=torch.uint8)
     scales, zeros = (torch.empty(outputs, groups, dtype=torch.float16) for _ in range(2))
-    largest = lost = 0.0
     for rows, blocks in _unpacked(kind, data):
-        part = blocks.q.view(-1, kind.group)
-        wanted, minimum = blocks.scale.view(-1), blocks.minimum
-        scale = wanted.half()
+        part, minimum = blocks.q.view(-1, kind.group), blocks.minimum
+        scale = blocks.scale.view(-1).half()
         if minimum is None:
             zero = torch.full_like(scale, kind.zero)
         else:
-            minimum = minimum.view(-1)
-            scale, zero, is_flat = _with_minimum(scale, minimum)
+            scale, zero, is_flat = _with_minimum(scale, minimum.view(-1))
             part.masked_fill_(is_flat[:, None], 0)
-            wanted = torch.where(is_flat, minimum, wanted)
-        largest = max(largest, float(wanted.abs().max()))
-        lost = max(lost, float((scale.float() - wanted).abs().max()))
+        if not bool(scale.isfinite().all()):
+            return widen_blocks(kind, data)
         q[rows] = blocks.q.view(-1, q.shape[1])
         scales[rows], zeros[rows] = scale.view(-1, groups), zero.view(-1, groups)
-    if lost > _PRECISION * largest:
-        return widen_blocks(kind, data)
     codebook = torch.tensor(_IQ4, dtype=torch.int8) if kind.has_codebook else None
     return QuantizedWeight(q, scales, zeros, kind.bits, codebook)
 
@@ -136,14 +129,29 @@ def _with_minimum(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tenso
     return torch.where(is_flat, minimum.half(), scale), torch.where(is_flat, 1.0, zero).half(), is_flat
 
 
+def _whole(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, bytes], an even place of even-sized blocks, as a contiguous [n, words]."""
+    return data.view(torch.int16).clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def _float16(data: Tensor) -> Tensor:
     """[n, 2 * count] bytes -> [n, count] float32."""
-    return data.contiguous().view(torch.float16).float()
+    return _whole(data, torch.float16).float()
 
 
 def _fields(data: Tensor, shifts: int, width: int, run: int) -> Tensor:
-    """Bit fields of `width` at multiples of it, `shifts` in a byte: all lowest fields of `run` bytes come first, then
-    all of the next; [n, bytes] -> [n, shifts * bytes]."""
+    """Bit fields of `width` at multiples of it, `shifts` in a byte: the lowest fields of `run` bytes come first, then
+    the next ones of the same bytes; [n, bytes] -> [n, shifts * bytes]. Eight bytes are handled at a time."""
+    words = _whole(data, torch.int64)
+    mask = ((1 << width) - 1) * 0x0101010101010101
+    fields = torch.empty(len(words), words.shape[1] * 8 // run, shifts, run // 8, dtype=torch.int64)
+    for place in range(shifts):
+        fields[:, :, place] = ((words >> (place * width)) & mask).view(len(words), -1, run // 8)
+    return fields.flatten(1).view(torch.uint8)
+
+
+def _narrow_fields(data: Tensor, shifts: int, width: int, run: int) -> Tensor:
+    """The same for runs shorter than eight bytes, which only scales have."""
     shift = torch.arange(shifts, dtype=torch.uint8).mul_(width).view(1, 1, -1, 1)
     return ((data.reshape(len(data), -1, 1, run) >> shift) & ((1 << width) - 1)).flatten(1)
 
@@ -157,8 +165,10 @@ def _q4_1(data: Tensor) -> _Blocks:
 
 
 def _fifth_bits(data: Tensor) -> Tensor:
-    """Bit i of four bytes belongs to weight i."""
-    return _fields(data, 8, 1, 1) << 4
+    """Bit i of four bytes belongs to weight i; [n, 4] -> [n, 32]."""
+    every = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    spread = (_narrow_fields(every, 8, 1, 1) << 4).view(torch.int64).flatten()  # the eight bits of each byte
+    return spread[data.int()].view(torch.uint8)
 
 
 def _q5_0(data: Tensor) -> _Blocks:
@@ -171,7 +181,7 @@ def _q5_1(data: Tensor) -> _Blocks:
 
 
 def _q8_0(data: Tensor) -> _Blocks:
-    return _Blocks(data[:, 2:] ^ 0x80, _float16(data[:, :2]))  # int8 + 128
+    return _Blocks(_whole(data[:, 2:], torch.uint8) ^ 0x80, _float16(data[:, :2]))  # int8 + 128
 
 
 def _q2_k(data: Tensor) -> _Blocks:
@@ -182,7 +192,7 @@ def _q2_k(data: Tensor) -> _Blocks:
 
 def _q3_k(data: Tensor) -> _Blocks:
     q = _fields(data[:, 32:96], 4, 2, 32) | (_fields(data[:, :32], 8, 1, 32) << 2)
-    low, high = _fields(data[:, 96:104], 2, 4, 8), _fields(data[:, 104:108], 4, 2, 4)
+    low, high = _fields(data[:, 96:104], 2, 4, 8), _narrow_fields(data[:, 104:108], 4, 2, 4)
     scales = (low | (high << 4)).float() - 32
     return _Blocks(q, _float16(data[:, 108:110]) * scales)
 
@@ -209,7 +219,7 @@ def _q5_k(data: Tensor) -> _Blocks:
 
 def _q6_k(data: Tensor) -> _Blocks:
     q = _fields(data[:, :128], 2, 4, 64) | (_fields(data[:, 128:192], 4, 2, 32) << 4)
-    scales = data[:, 192:208].contiguous().view(torch.int8).float()
+    scales = _whole(data[:, 192:208], torch.int8).float()
     return _Blocks(q, _float16(data[:, 208:210]) * scales)
 
 
@@ -218,7 +228,7 @@ def _iq4_nl(data: Tensor) -> _Blocks:
 
 
 def _iq4_xs(data: Tensor) -> _Blocks:
-    high, low = _fields(data[:, 2:4], 4, 2, 1), _fields(data[:, 4:8], 2, 4, 1)
+    high, low = _narrow_fields(data[:, 2:4], 4, 2, 1), _narrow_fields(data[:, 4:8], 2, 4, 1)
     scales = (low | (high << 4)).float() - 32
     return _Blocks(_fields(data[:, 8:], 2, 4, 16), _float16(data[:, :2]) * scales)
 

@@ -198,6 +198,10 @@ class GgufCheckpoint:
     def release(self) -> None:
         self._maps.release()
 
+    @property
+    def is_quantized(self) -> bool:
+        return any(tensor.kind in BLOCK_TYPES for tensor in self._stored.values())
+
     def describe(self) -> str:
         """How many tensors are of which type, and in which form they are computed with."""
         kinds = Counter(tensor.kind for tensor in self._stored.values())
@@ -328,6 +332,9 @@ def _rotary(keys: _Keys) -> dict[str, Any]:
     if hidden % heads and "attention.key_length" not in keys:
         keys.refuse("attention.head_count", f"a divisor of embedding_length ({hidden}), or key_length must be given")
     head_dim = keys.integer("attention.key_length", hidden // heads)
+    query = keys.tensors.get("blk.0.attn_q.weight")
+    if query is not None and query.shape[0] % heads == 0:  # else the loader tells of the shape
+        keys.require("attention.key_length", query.shape[0] // heads, "as blk.0.attn_q.weight has it for each head")
     keys.require("attention.value_length", head_dim, "as keys and values must be of one length")
     keys.require("rope.dimension_count", head_dim, "as whole heads must be rotated")
     return {

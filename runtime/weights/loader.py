@@ -56,6 +56,11 @@ def load_model(
     """
     if gguf is None and is_gguf(path):
         gguf = GgufCheckpoint(path)
+    if gguf is not None and gguf.is_quantized and quantize is not None:
+        raise ConfigError(
+            f"{path} holds quantised weights, which are not rounded again: leave model.quantize at none",
+            param="quantize",
+        )
     decl = declare(read_config(path) if gguf is None else gguf.config())
     length = _model_len(decl, max_model_len)
     checkpoint: CheckpointFiles = gguf or Checkpoint(path)
