@@ -220,10 +220,7 @@ class _Vocabulary:
     def _special(self) -> SpecialIds:
         named = {called: found for name, called in _NAMED.items() if (found := self._id(name)) is not None}
         stated = [found for name in ("eos", "eot", "eom") if (found := self._id(name)) is not None]
-        by_name = sorted(
-            self.ids[token] for token in _ENDINGS & self.ids.keys()
-            if self.is_type(self.ids[token], _CONTROL, _USER_DEFINED)
-        )  # fmt: skip
+        by_name = sorted(self.ids[token] for token in _ENDINGS & self.ids.keys())
         return SpecialIds(named, tuple(dict.fromkeys((*stated, *by_name))))
 
     def _id(self, name: str) -> int | None:
