@@ -31,19 +31,10 @@ _NAMED: Mapping[str, str] = MappingProxyType(
 )
 _SENTENCEPIECE_IDS: Mapping[str, int] = MappingProxyType({"bos": 1, "eos": 2, "unknown": 0})  # where no key has them
 # A file names one token that ends a text or a turn, and models write others too.
-_ENDINGS = frozenset(
-    [
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<end_of_turn>",
-        "<EOT>",
-        "<｜end▁of▁sentence｜>",
-    ]
-)
+_ENDINGS = frozenset((
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<EOT>",
+    "<｜end▁of▁sentence｜>",
+))  # fmt: skip
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -79,13 +70,15 @@ _PRE_TOKENIZERS: Mapping[str, _Pre] = MappingProxyType(
         # Of files that name none; llama.cpp's own, which is no published tokenizer's.
         "default": _Pre((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
         "gpt-2": _Pre((_GPT2,)),
-        **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _Pre((_LLAMA3,), False, True, True)),
+        **dict.fromkeys(
+            ("llama-bpe", "llama3", "llama-v3", "falcon3"), _Pre((_LLAMA3,), ignores_merges=True, adds_bos=True)
+        ),
         **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre((_LLAMA3,))),
         "qwen2": _Pre((_QWEN2,), nfc=True),
         **dict.fromkeys(("deepseek-r1-qwen", "megrez"), _Pre((_QWEN2,))),
         "seed-coder": _Pre((_SEED,)),
         **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _Pre((r"\p{N}", _GPT2))),
-        "tekken": _Pre((_TEKKEN,), False, True, True),
+        "tekken": _Pre((_TEKKEN,), ignores_merges=True, adds_bos=True),
         **dict.fromkeys(("gpt-4o", "llama4"), _Pre((_GPT4O,))),
     }
 )

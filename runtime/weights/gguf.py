@@ -1,72 +1,25 @@
 """A GGUF file as a checkpoint: its keys as a config.json, its tensors under the names of Hugging Face checkpoints.
 
-Sources: `gguf-py/gguf/constants.py` (keys and names), `convert_hf_to_gguf.py` (what a conversion changes) and
-`src/llama-model.cpp` (what the keys mean) of llama.cpp.
+Sources: `gguf-py/gguf/constants.py` (names) and `convert_hf_to_gguf.py` (what a conversion changes) of llama.cpp.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.errors import CheckpointError
-from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, in_one_form, read_blocks, widen_blocks
 from millrace.runtime.text.gguf_tokenizer import special_ids
 from millrace.runtime.weights.checkpoint import StoredTensor
-from millrace.runtime.weights.gguf_file import FLOAT_TYPES, GgufMaps, GgufTensor, read_gguf
+from millrace.runtime.weights.gguf_config import architecture, model_config
+from millrace.runtime.weights.gguf_file import FLOAT_TYPES, GgufMaps, read_gguf
 
-# Keys behind the architecture's name. Those that are not here are refused: they may change the arithmetic.
-_READ = frozenset(
-    [
-        "context_length",
-        "embedding_length",
-        "block_count",
-        "feed_forward_length",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_epsilon",
-        "attention.layer_norm_rms_epsilon",
-        "attention.sliding_window",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scale_linear",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-    ]
-)
-_WITHOUT_EFFECT = frozenset(("vocab_size", "rope.scaling.finetuned"))  # the table has the size
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "attention.causal": (True,),
-        "attention.clamp_kqv": (0.0,),
-        "attention.max_alibi_bias": (0.0,),
-        "attn_logit_softcapping": (0.0,),
-        "expert_count": (0,),
-        "expert_used_count": (0,),
-        "final_logit_softcapping": (0.0,),
-        "logit_scale": (0.0, 1.0),
-        "pooling_type": (0,),
-        "rope.scaling.attn_factor": (1.0,),
-        "rope.scaling.yarn_attn_factor": (1.0,),
-        "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
-        "rope.scaling.yarn_log_multiplier": (0.0,),
-        "tensor_data_layout": ("Meta AI original pth",),
-        "use_parallel_residual": (False,),
-    }
-)
 _FACTORS = "rope_freqs.weight"  # what Llama 3's scaling divides each frequency by
 _ROTARY_FILE = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # old files carry frequencies, which the keys give
 _IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -137,11 +90,13 @@ class GgufCheckpoint:
         self.metadata = header.metadata
         self._stored = header.tensors
         self._maps = GgufMaps()
-        reader = ConfigReader(self.metadata, str(self.path))
-        self._arch = reader.one_of("general.architecture", tuple(_ARCHITECTURES))
-        self._names, configure = _ARCHITECTURES[self._arch]
-        keys = _Keys(self._arch, self.metadata, str(self.path), self._stored)
-        self._config = configure(keys) | self._special_tokens()
+        self._arch = architecture(header)
+        self._names = _GPT2_NAMES if self._arch == "gpt2" else _ROTARY_NAMES
+        ids = special_ids(self.metadata, str(self.path))
+        self._config = model_config(header) | {
+            "bos_token_id": ids.named.get("bos_token"),
+            "eos_token_id": list(ids.endings),
+        }
         self._own: dict[str, str] = {}  # Hugging Face names -> names in the file
         self.tensors: dict[str, StoredTensor] = {}
         for name, tensor in self._stored.items():
@@ -160,8 +115,11 @@ class GgufCheckpoint:
             # Only the file has them, so that they are read here rather than when it is opened.
             if config.get("rope_scaling") is not None:
                 raise CheckpointError(f"{self.path}: {_FACTORS} and rope.scaling exclude each other")
-            factors = self._floats(self._stored[_FACTORS], _FACTORS)
-            config["rope_scaling"] = {"rope_type": "factors", "factors": factors.tolist()}
+            factors = self._stored[_FACTORS]
+            if factors.kind != "F32":
+                raise CheckpointError(f"{self.path}: {_FACTORS} is {factors.kind}, but it must be F32")
+            values = self._maps.rows(factors).view(torch.float32).flatten().tolist()
+            config["rope_scaling"] = {"rope_type": "factors", "factors": values}
             self.release()
         return config
 
@@ -224,10 +182,6 @@ class GgufCheckpoint:
     def _is_turned(self, match: re.Match[str]) -> bool:
         return match[2] in self._names.turned and match[3] == "weight"
 
-    def _special_tokens(self) -> dict[str, Any]:
-        ids = special_ids(self.metadata, str(self.path))
-        return {"bos_token_id": ids.named.get("bos_token"), "eos_token_id": list(ids.endings)}
-
     def _rows(self, own: str) -> Tensor:
         """The bytes of a tensor, row by row in the order of a Hugging Face checkpoint.
 
@@ -249,11 +203,6 @@ class GgufCheckpoint:
     def _damaged(self, own: str, error: ValueError) -> CheckpointError:
         return CheckpointError(f"{self._stored[own].file}: {own} is damaged: {error}")
 
-    def _floats(self, tensor: GgufTensor, name: str) -> Tensor:
-        if tensor.kind != "F32":
-            raise CheckpointError(f"{self.path}: {name} is {tensor.kind}, but it must be F32")
-        return self._maps.rows(tensor).view(torch.float32).flatten()
-
     def _kinds_joined(self, own: str) -> list[str]:
         """The types of `own` and of the matrices that the model joins it with."""
         match = _IN_LAYER.fullmatch(own)
@@ -263,156 +212,3 @@ class GgufCheckpoint:
                     names = (f"blk.{match[1]}.{part}.weight" for part in parts)
                     return [self._stored[name].kind for name in names if name in self._stored]
         return [self._stored[own].kind]
-
-
-class _Keys:
-    """The keys of one architecture, read under their names without it."""
-
-    def __init__(self, arch: str, metadata: Mapping[str, Any], where: str, tensors: Mapping[str, GgufTensor]) -> None:
-        self.tensors = tensors
-        self._arch = arch
-        values = {key: _uniform(value) for key, value in metadata.items() if key.startswith(f"{arch}.")}
-        self._reader = ConfigReader(values, where)
-        for key, value in values.items():
-            name = key.removeprefix(f"{arch}.")
-            if name in _NEUTRAL:
-                if value not in _NEUTRAL[name]:
-                    self._reader.refuse(key, " or ".join(map(str, _NEUTRAL[name])))
-            elif name not in _READ and name not in _WITHOUT_EFFECT:
-                raise CheckpointError(
-                    f"{where}: {key} is {value!r}, a key that is not known here for {arch}; it may change what the "
-                    "model computes",
-                    param=key,
-                )
-
-    def __contains__(self, name: str) -> bool:
-        return f"{self._arch}.{name}" in self._reader
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        return self._reader.integer(f"{self._arch}.{name}", default)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        return self._reader.number(f"{self._arch}.{name}", default)
-
-    def one_of(self, name: str, supported: tuple[str, ...], default: str) -> str:
-        return self._reader.one_of(f"{self._arch}.{name}", supported, default)
-
-    def require(self, name: str, value: int, why: str) -> None:
-        """Refuses the key where it is there with another value."""
-        if name in self and self.integer(name) != value:
-            self.refuse(name, f"{value}, {why}")
-
-    def refuse(self, name: str, supported: str) -> NoReturn:
-        self._reader.refuse(f"{self._arch}.{name}", supported)
-
-    def num_layers(self) -> int:
-        """block_count, which as many layers must be there for: a damaged number must not ask for a billion."""
-        count = self.integer("block_count")
-        stored = {match[1] for name in self.tensors if (match := _IN_LAYER.fullmatch(name))}
-        if stored != {str(layer) for layer in range(min(count, len(stored) + 1))}:
-            self.refuse("block_count", f"as many as the file has layers, {len(stored)}")
-        return count
-
-    def vocab_size(self) -> int:
-        if "token_embd.weight" not in self.tensors:
-            raise CheckpointError(f"{self._reader.where}: the tensor token_embd.weight is missing")
-        return self.tensors["token_embd.weight"].shape[0]
-
-
-def _uniform(value: Any) -> Any:
-    """The value that all layers share, where a key has one for each."""
-    if isinstance(value, np.ndarray):
-        items = value.tolist()
-        return items[0] if items and items.count(items[0]) == len(items) else items
-    return value
-
-
-def _rotary(keys: _Keys) -> dict[str, Any]:
-    hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    if hidden % heads and "attention.key_length" not in keys:
-        keys.refuse("attention.head_count", f"a divisor of embedding_length ({hidden}), or key_length must be given")
-    head_dim = keys.integer("attention.key_length", hidden // heads)
-    query = keys.tensors.get("blk.0.attn_q.weight")
-    if query is not None and query.shape[0] % heads == 0:  # else the loader tells of the shape
-        keys.require("attention.key_length", query.shape[0] // heads, "as blk.0.attn_q.weight has it for each head")
-    keys.require("attention.value_length", head_dim, "as keys and values must be of one length")
-    keys.require("rope.dimension_count", head_dim, "as whole heads must be rotated")
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.num_layers(),
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": keys.integer("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.number("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(keys),
-        "vocab_size": keys.vocab_size(),
-        "tie_word_embeddings": "output.weight" not in keys.tensors,
-    }
-
-
-def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
-    # A factor without a type is linear, under its present name or its first one.
-    factor_key = "rope.scaling.factor" if "rope.scaling.factor" in keys else "rope.scale_linear"
-    kind = keys.one_of("rope.scaling.type", ("none", "linear", "yarn"), "linear" if factor_key in keys else "none")
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": keys.number(factor_key, 1.0)}
-    return {
-        "rope_type": "yarn",
-        "factor": keys.number(factor_key),
-        "original_max_position_embeddings": keys.integer(
-            "rope.scaling.original_context_length", keys.integer("context_length")
-        ),
-        "beta_fast": keys.number("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": keys.number("rope.scaling.yarn_beta_slow", 1.0),
-    }
-
-
-def _llama(keys: _Keys) -> dict[str, Any]:
-    config = _rotary(keys)
-    config |= {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": "blk.0.attn_q.bias" in keys.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in keys.tensors,
-    }
-    if "attention.sliding_window" in keys:  # Llama has none; Mistral is Llama with one
-        config |= {
-            "architectures": ["MistralForCausalLM"],
-            "sliding_window": keys.integer("attention.sliding_window"),
-        }
-    return config
-
-
-def _qwen(keys: _Keys, architecture: str) -> dict[str, Any]:
-    if "attention.sliding_window" in keys:
-        keys.refuse("attention.sliding_window", "absent: which layers of a Qwen have the window is in no key")
-    has_bias = "blk.0.attn_q.bias" in keys.tensors
-    return _rotary(keys) | {"architectures": [architecture], "attention_bias": has_bias}
-
-
-def _gpt2(keys: _Keys) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_embd": keys.integer("embedding_length"),
-        "n_head": keys.integer("attention.head_count"),
-        "n_layer": keys.num_layers(),
-        "n_positions": keys.integer("context_length"),
-        "n_inner": keys.integer("feed_forward_length"),
-        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
-        "vocab_size": keys.vocab_size(),
-        "tie_word_embeddings": "output.weight" not in keys.tensors,
-    }
-
-
-_ARCHITECTURES: Mapping[str, tuple[_Names, Callable[[_Keys], dict[str, Any]]]] = MappingProxyType(
-    {
-        "llama": (_ROTARY_NAMES, _llama),
-        "qwen2": (_ROTARY_NAMES, lambda keys: _qwen(keys, "Qwen2ForCausalLM")),
-        "qwen3": (_ROTARY_NAMES, lambda keys: _qwen(keys, "Qwen3ForCausalLM")),
-        "gpt2": (_GPT2_NAMES, _gpt2),
-    }
-)

@@ -122,7 +122,7 @@ def test_mixed_types_stay_packed(wide: Path, tmp_path: Path) -> None:
     table = 199 * 256 * 4  # looked up in, and kept in bfloat16 or float32
     assert mixed.weight_bytes - table < 0.35 * (exact.weight_bytes - table)
     assert GgufCheckpoint(tmp_path / "packed.gguf").describe() == (
-        "GGUF: 10 tensors Q4_K, 5 tensors Q6_K, packed; token_embd.weight widened to bfloat16; 5 tensors F32"
+        "GGUF: 11 tensors Q4_K, 5 tensors Q6_K, packed; token_embd.weight widened to bfloat16; 5 tensors F32"
     )
 
 
