@@ -51,4 +51,7 @@ def read_format(config: Mapping[str, Any], folder: Path | None = None) -> Format
 def _format(section: ConfigReader, method: str | None) -> Format:
     if method is None and any(section.values.get(key) for key in ("load_in_4bit", "load_in_8bit")):
         method = "bitsandbytes"  # left out by early releases
-    return FORMATS[section.one_of("quant_method", tuple(FORMATS), method)](section)
+    named = section.values.get("quant_method") or method
+    if not isinstance(named, str) or named not in FORMATS:
+        section.refuse("quant_method", " or ".join(f'"{name}"' for name in FORMATS))
+    return FORMATS[named](section)

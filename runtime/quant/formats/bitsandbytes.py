@@ -26,7 +26,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import Matrix, Part, StoredMatrix, is_listed, type_name
+from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed, type_name
 from millrace.runtime.quant.formats.packing import quantized
 
 _BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # that bnb_4bit_quant_storage may have
@@ -190,7 +190,7 @@ class BitsAndBytesFormat:
             return None
         if self._bits == 8:
             header = stored.header("weight")
-            if not stored.has("SCB") and header is not None and header.dtype != "I8":
+            if not stored.has("SCB") and header is not None and header.dtype in FLOATS:
                 return None
             return EightBitLayout(matrix, stored.has("weight_format"))
         kind = next((kind for kind in ("nf4", "fp4") if stored.has(_STATE + kind)), None)

@@ -93,7 +93,7 @@ class Fp8Layout(msgspec.Struct, frozen=True):
             (outputs, inputs): "one scale for each matrix",
             (1, inputs): "one scale for each output",
         }.get((self.rows, self.columns), f"blocks of {self.rows} x {self.columns}")
-        return f"{scales}, widened to {type_name(wide)} at load"
+        return f"E4M3, {scales}, widened to {type_name(wide)} at load"
 
 
 def scaled_layout(matrix: Matrix, stored: StoredMatrix, scale: str, block: tuple[int, int] | None) -> Fp8Layout:
