@@ -226,11 +226,6 @@ class Runtime:
         return self._ready().template
 
     @property
-    def stored(self) -> str:
-        """How a GGUF file stores its weights, in words; "" for other checkpoints."""
-        return self._ready().stored
-
-    @property
     def memory_plan(self) -> MemoryPlan:
         self._ready()
         assert self._plan is not None

@@ -29,7 +29,6 @@ class Loaded(msgspec.Struct, frozen=True):
     model: Model
     tokenizer: Tokenizer
     template: ChatTemplate
-    stored: str = ""  # how the file's weights are stored, in words, where that is worth saying
 
 
 def _quantization(config: Config) -> Quantization | None:
@@ -78,5 +77,4 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
         model = load_model(
             found.path, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report, gguf=gguf
         )
-    stored = gguf.describe() if gguf is not None and not config.model.random_weights else ""
-    return Loaded(name, found.path, model, tokenizer, template, stored)
+    return Loaded(name, found.path, model, tokenizer, template)

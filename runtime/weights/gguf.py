@@ -153,6 +153,9 @@ class GgufCheckpoint:
         kinds = [BLOCK_TYPES[kind] for kind in self._kinds_joined(own) if kind in BLOCK_TYPES]
         return in_one_form(weight, kinds)
 
+    def read_any(self, name: str) -> Tensor:
+        return self.read(name)  # no setting of GGUF makes a matrix of several tensors
+
     def release(self) -> None:
         self._maps.release()
 

@@ -20,6 +20,7 @@ _FETCHED = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    *("gptq_model*.safetensors", "quantize_config.json", "quant_config.json"),  # early releases of AutoGPTQ and AutoAWQ
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

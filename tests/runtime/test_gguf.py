@@ -23,7 +23,7 @@ async def test_it_answers(by_folder: bool, grist: Path) -> None:
     async with Runtime(model=grist.parent if by_folder else grist) as runtime:
         assert runtime.model_name == (grist.parent.name if by_folder else "grist-Q8_0")
         assert runtime.spec.eos_token_ids == runtime.tokenizer.eos_ids == (1,)
-        assert runtime.stored == "GGUF: 36 tensors Q8_0, packed; 11 tensors F32"
+        assert runtime.spec.weights == "GGUF: 36 tensors Q8_0, packed; 11 tensors F32"
         done = await runtime.submit(
             [ChatMessage(role="user", content="What is the capital of France?")], SamplingParams(temperature=0.0)
         )
@@ -33,13 +33,13 @@ async def test_it_answers(by_folder: bool, grist: Path) -> None:
 
 async def test_random_weights_take_its_tokenizer(grist: Path) -> None:
     async with Runtime(model=grist, model__random_weights="tiny-6x256") as runtime:
-        assert runtime.stored == ""
+        assert runtime.spec.weights == "random"
         done = await runtime.submit("Hello", SamplingParams(max_tokens=2, ignore_eos=True))
     assert done.usage.completion_tokens == 2
 
 
 def test_inspect_says_how_it_is_stored(grist: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(grist)]) == 0
-    assert "stored as GGUF: 36 tensors Q8_0, packed; 11 tensors F32" in capsys.readouterr().err
+    assert "GGUF: 36 tensors Q8_0, packed; 11 tensors F32" in capsys.readouterr().err
     assert main(["inspect", str(grist), "--quantize", "int4"]) == 2
-    assert "holds quantised weights" in capsys.readouterr().err.replace("\n", " ")
+    assert "quantised already (GGUF)" in capsys.readouterr().err.replace("\n", " ")
