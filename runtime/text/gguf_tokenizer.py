@@ -206,8 +206,8 @@ class _Vocabulary:
     def added(self, special: bool, *types: int) -> list[AddedToken]:
         return [
             AddedToken(token, special=special, normalized=False)
-            for index, token in enumerate(self.tokens)
-            if self.is_type(index, *types)
+            for token, kind in zip(self.tokens, self._types, strict=False)  # there are more types, of unused tokens
+            if kind in types
         ]
 
     def _special(self) -> SpecialIds:
