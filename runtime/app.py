@@ -36,7 +36,8 @@ class Runtime:
     It installs no signal handler, starts no process, and gives memory, threads and descriptors back on close.
 
     Args:
-        model: checkpoint folder or hub id; None takes `config.model.path`, and where that is empty the embedded model.
+        model: checkpoint folder, GGUF file or hub id; None takes `config.model.path`, and where that is empty the
+            embedded model.
         config: a whole configuration; the default is Config().
         progress: called with (what, done, total) while weights load.
         options: single options over `config`, as `section__name=value` (`scheduler__max_num_seqs=8`).

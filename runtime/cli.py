@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(command=run)
         command.add_argument(
-            "model", nargs="?", metavar="MODEL", help="checkpoint folder or hub id; the embedded grist if left out"
+            "model",
+            nargs="?",
+            metavar="MODEL",
+            help="checkpoint folder, GGUF file or hub id; the embedded grist if left out",
         )
         command.add_argument("--config", type=Path, metavar="FILE", help="read options from a TOML file")
         _add_options(command)
@@ -281,6 +284,7 @@ def _describe(runtime: Runtime) -> None:
     ]
     for name, value, text in rows:
         _err.print(f"  {name:<10} {value:>12}  {text}", markup=False)
+    _err.print(f"  {'weights':<10} {spec.weights}", markup=False, soft_wrap=True)
     _err.print(runtime.memory_plan.table(), markup=False)
 
 

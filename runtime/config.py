@@ -18,7 +18,9 @@ from millrace.runtime.errors import ConfigError
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    path: Annotated[str, Meta(description="checkpoint folder or hub id; empty is the embedded model, grist")] = ""
+    path: Annotated[
+        str, Meta(description="checkpoint folder, GGUF file or hub id; empty is the embedded model, grist")
+    ] = ""
     served_name: Annotated[str, Meta(description="name that clients use; empty takes the folder's")] = ""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

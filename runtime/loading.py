@@ -13,7 +13,10 @@ from millrace.runtime.gpu import Gpu, placement
 from millrace.runtime.models.base import Model
 from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.text.chat import ChatTemplate
+from millrace.runtime.text.gguf_tokenizer import chat_templates, load_tokenizer
 from millrace.runtime.text.tokenizer import Tokenizer
+from millrace.runtime.weights.gguf import GgufCheckpoint
+from millrace.runtime.weights.gguf_file import is_gguf
 from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
@@ -36,6 +39,14 @@ def _quantization(config: Config) -> Quantization | None:
     return None if method == "none" else Quantization(method=method, group_size=config.model.quantize_group_size)
 
 
+def _load_text(path: Path, gguf: GgufCheckpoint | None) -> tuple[Tokenizer, ChatTemplate]:
+    if gguf is None:
+        tokenizer = Tokenizer.load(path)
+        return tokenizer, ChatTemplate.load(path, tokenizer.special_tokens)
+    tokenizer = load_tokenizer(gguf.metadata, str(path))
+    return tokenizer, ChatTemplate(chat_templates(gguf.metadata), tokenizer.special_tokens)
+
+
 def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
     """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError."""
     if config.kv.dtype == "bfloat16" and gpu is not None:
@@ -52,7 +63,8 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
             progress("CPU kernels", 1, 1)
     found = resolve_model(config.model.path)
     name = config.model.served_name or config.model.random_weights or found.name
-    tokenizer = Tokenizer.load(found.path)
+    gguf = GgufCheckpoint(found.path) if is_gguf(found.path) else None
+    tokenizer, template = _load_text(found.path, gguf)
     length = config.model.max_model_len or None
     report = None if progress is None else (lambda done, total: progress("weights", done, total))
     model: Model
@@ -69,6 +81,13 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
         )
     else:
         model = load_model(
-            found.path, dtype=dtype, placement=place, quantize=rounded, kv=kv, max_model_len=length, progress=report
+            found.path,
+            dtype=dtype,
+            placement=place,
+            quantize=rounded,
+            kv=kv,
+            max_model_len=length,
+            progress=report,
+            gguf=gguf,
         )
-    return Loaded(name, found.path, model, tokenizer, ChatTemplate.load(found.path, tokenizer.special_tokens))
+    return Loaded(name, found.path, model, tokenizer, template)

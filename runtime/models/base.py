@@ -20,6 +20,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         sliding_window: keys older than this many positions are not attended to, per layer (None: all are).
         eos_token_ids: ids that end a text, from generation_config.json, else config.json.
         bos_token_id: the id that the checkpoint names as the beginning of a text.
+        weights: how the matrices were stored and what became of them, for people.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     num_parameters: int = 0
+    weights: str = ""
 
 
 class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):

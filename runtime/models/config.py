@@ -72,6 +72,14 @@ class ConfigReader:
             self.refuse(key, "an object")
         return ConfigReader(value, f"{self.where}: {key}")
 
+    def strings(self, key: str) -> tuple[str, ...]:
+        """A list of texts; empty where the key is absent or null."""
+        value = self.values.get(key)
+        texts = [] if value is None else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            self.refuse(key, "a list of strings")
+        return tuple(texts)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         """An id or a list of ids; empty where the key is absent or null."""
         value = self.values.get(key)
@@ -84,16 +92,17 @@ class ConfigReader:
         found = f"is {self.values[key]!r}" if key in self.values else "is missing"
         raise CheckpointError(f"{self.where}: {key} {found}, but it must be {supported}", param=key)
 
+    def refuse_unknown(self, *known: str) -> None:
+        """Refuses every key that is not null and that `known` does not name; its texts hold names between spaces."""
+        names = frozenset(" ".join(known).split())
+        for key, value in self.values.items():
+            if value is not None and key not in names:
+                raise CheckpointError(
+                    f"{self.where}: {key} is {value!r}, but this setting is not known here", param=key
+                )
+
     def refuse_unsupported(self) -> None:
         """Refuses settings that change the arithmetic of every architecture and that nothing here computes."""
-        quantization = self.values.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise CheckpointError(
-                f"{self.where}: the checkpoint is quantised ({method}); quantised checkpoints are not supported, "
-                "use the float32, bfloat16 or float16 checkpoint of the same model",
-                param="quantization_config",
-            )
         for key, neutral in _NEUTRAL.items():
             if self.values.get(key) not in neutral:
                 self.refuse(key, " or ".join("absent" if value is None else str(value) for value in neutral))

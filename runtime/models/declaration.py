@@ -6,7 +6,7 @@ cannot drift apart.
 
 import itertools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import torch
@@ -71,11 +71,18 @@ class WeightSource(Protocol):
 
 
 class TensorDecl(msgspec.Struct, frozen=True):
-    """One tensor of the checkpoint. `ones` marks a norm's scale, which random weights leave at 1."""
+    """One tensor of the checkpoint.
+
+    Attributes:
+        ones: a norm's scale, which random weights leave at 1.
+        linear: whether it is the weight of a linear map, which a checkpoint may hold quantised, and how it is stored:
+            "rows" [out, in] or "columns" [in, out].
+    """
 
     name: str
     shape: tuple[int, ...]
     ones: bool = False
+    linear: Literal["rows", "columns"] | None = None
 
 
 class LinearPart(msgspec.Struct, frozen=True):
@@ -103,7 +110,10 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
     def tensors(self) -> Iterator[TensorDecl]:
         for part in self.parts:
             shape = (part.out_features, self.in_features)
-            yield TensorDecl(f"{part.name}.weight", shape[::-1] if self.transposed else shape)
+            if self.transposed:
+                yield TensorDecl(f"{part.name}.weight", shape[::-1], linear="columns")
+            else:
+                yield TensorDecl(f"{part.name}.weight", shape, linear="rows")
             if part.bias:
                 yield TensorDecl(f"{part.name}.bias", (part.out_features,))
 

@@ -110,6 +110,18 @@ def _llama3(settings: _RopeSettings) -> tuple[Tensor, float]:
     return (1 - kept) * frequencies / factor + kept * frequencies, 1.0
 
 
+def _factors(settings: _RopeSettings) -> tuple[Tensor, float]:
+    """GGUF files hold Llama 3's scaling as what each frequency is divided by; config.json has no such type."""
+    frequencies, factors = settings.plain(), settings.section.values.get("factors")
+    if (
+        not isinstance(factors, list)
+        or len(factors) != len(frequencies)
+        or not all(isinstance(factor, float) and 0.0 < factor < math.inf for factor in factors)
+    ):
+        settings.section.refuse("factors", f"{len(frequencies)} positive numbers, one for each frequency")
+    return frequencies / torch.tensor(factors), 1.0
+
+
 def _yarn(settings: _RopeSettings) -> tuple[Tensor, float]:
     section, dim = settings.section, settings.head_dim
     factor = section.number("factor")
@@ -146,6 +158,7 @@ _SCALINGS: dict[str, _Scaling] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
+    "factors": _factors,
     "llama3": _llama3,
     "yarn": _yarn,
 }

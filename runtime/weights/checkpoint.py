@@ -1,18 +1,20 @@
 """A checkpoint's folder: its config and its tensors in safetensors files, read by memory map and never by pickle."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_AUTOGPTQ = "gptq_model"  # what early releases of AutoGPTQ call the file, with bits and group size behind it
 _READABLE = ("F32", "BF16", "F16")
 
 
@@ -24,6 +26,25 @@ class StoredTensor(msgspec.Struct, frozen=True):
     dtype: str
 
 
+class CheckpointFiles(Protocol):
+    """The stored tensors of a model, in safetensors or GGUF files."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in a float type, valid until `release`."""
+
+    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+        """The same for a matrix, which may come as integers."""
+
+    def read_any(self, name: str) -> Tensor:
+        """The tensor as stored: parts of quantised matrices."""
+
+    def release(self) -> None:
+        """Unmaps the files."""
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, with eos_token_id and bos_token_id of generation_config.json where that names them.
 
@@ -33,9 +54,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} holds an adapter, not a model: give the folder of its base model")
         raise CheckpointError(f"{folder} has no config.json: give the folder of a checkpoint in Hugging Face layout")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
-        generation = _read_json(folder / "generation_config.json")
+        generation = read_json(folder / "generation_config.json")
         ids = {key: generation[key] for key in ("eos_token_id", "bos_token_id") if generation.get(key) is not None}
         config.update(ids)
     return config
@@ -54,16 +75,24 @@ class Checkpoint:
             self._read_header(file)
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, in the memory map: valid until `release`."""
+        """The floats as stored, in the memory map: valid until `release`."""
         stored = self.tensors[name]
         if stored.dtype not in _READABLE:
             raise CheckpointError(
                 f"{stored.file}: {name} is stored as {stored.dtype}, but supported are {', '.join(_READABLE)}"
             )
+        return self.read_any(name)
+
+    def read_any(self, name: str) -> Tensor:
+        """The same for a tensor of any type: parts of quantised matrices."""
+        stored = self.tensors[name]
         if stored.file not in self._open:
             self._open[stored.file] = safe_open(stored.file, framework="pt")
         tensor: Tensor = self._open[stored.file].get_tensor(name)
         return tensor
+
+    def matrix(self, name: str) -> Tensor:
+        return self.read(name)
 
     def release(self) -> None:
         """Unmaps the files, so that pages that were copied out do not stay resident beside the copies."""
@@ -84,7 +113,7 @@ class Checkpoint:
 
 def _weight_files(folder: Path) -> Iterable[Path]:
     if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / _INDEX} has no weight_map: fetch the checkpoint again")
         names = sorted({str(name) for name in weight_map.values()})
@@ -94,6 +123,8 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) == 1 and found[0].startswith(_AUTOGPTQ):
+        return [folder / found[0]]
     if found:
         raise CheckpointError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}, only {', '.join(found)}: name a single file {_SINGLE}, "
@@ -111,7 +142,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -2,10 +2,11 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -16,13 +17,15 @@ from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
+from millrace.runtime.quant.formats import read_format
 from millrace.runtime.quant.rounding import Quantization
-from millrace.runtime.weights.checkpoint import Checkpoint, read_config
+from millrace.runtime.weights.checkpoint import Checkpoint, CheckpointFiles, read_config
+from millrace.runtime.weights.gguf import GgufCheckpoint
+from millrace.runtime.weights.gguf_file import is_gguf
+from millrace.runtime.weights.matching import Matched, match
 from millrace.runtime.weights.synthetic import RandomWeights
 
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
-
-_LISTED = 12  # names in one error message
 
 
 def load_model(
@@ -34,31 +37,49 @@ def load_model(
     kv: torch.dtype | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
+    gguf: GgufCheckpoint | None = None,
 ) -> DecoderModel:
-    """Loads a checkpoint in Hugging Face layout; memory peaks at the weights and one layer.
+    """Loads a checkpoint in Hugging Face layout or a GGUF file, quantised or not; memory peaks at the weights and one
+    layer.
 
     Args:
-        path: the folder with config.json and safetensors files.
+        path: the folder with config.json and safetensors files, or the GGUF file.
         dtype: how matrices are stored: "float32", "bfloat16", or "auto", which keeps bfloat16 matrices as they are
             where the kernels read them directly, and widens all others. Arithmetic is float32 either way. With a
-            placement it stays "auto": everything is of the type that the placement computes in.
+            placement it stays "auto": everything is of the type that the placement computes in. Matrices that a
+            quantised checkpoint holds as integers stay integers; those that no kernel reads are kept as bfloat16
+            ones would be.
         placement: a GPU and its backends; None is the CPU.
         quantize: how matrices are rounded as they are read, on the CPU; None keeps them as they are.
         kv: type of keys and values in the cache, on the CPU, as in `Placement`; with a placement its own counts.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
+        gguf: the GGUF file at `path`, where it is open already.
 
     Raises:
         CheckpointError: unknown architecture or setting; missing, unexpected, misshapen or unreadable weights.
-        ConfigError: dtype or max_model_len is not supported.
+        ConfigError: dtype or max_model_len is not supported; quantize is given for a quantised checkpoint.
     """
-    decl = declare(read_config(path))
+    if gguf is None and is_gguf(path):
+        gguf = GgufCheckpoint(path)
+    config = read_config(path) if gguf is None else gguf.config()
+    decl = declare(config)
+    quantization = read_format(config, path)
+    place = placement or Placement(quantize=quantize, kv=kv)
+    method = quantization.name if quantization is not None else "GGUF" if gguf and gguf.is_quantized else None
+    if method is not None and place.quantize is not None:
+        raise ConfigError(
+            f"model.quantize is {place.quantize.method}, but the checkpoint is quantised already "
+            f"({method}): leave the option out, or load the checkpoint it was made from",
+            param="quantize",
+        )
     length = _model_len(decl, max_model_len)
-    checkpoint = Checkpoint(path)
-    names = _match(decl, checkpoint, path)
-    source = _CheckpointWeights(
-        checkpoint, names, _storage(dtype, placement), placement or Placement(quantize=quantize, kv=kv)
-    )
+    checkpoint: CheckpointFiles = gguf or Checkpoint(path)
+    matched = match(decl, checkpoint, quantization, path)
+    storage = _storage(dtype, placement)
+    source = _CheckpointWeights(checkpoint, matched, storage, place)
+    stored = matched.describe(quantization, storage[torch.bfloat16]) if gguf is None else gguf.describe()
+    decl = _described(decl, stored + _rounding(place))
     return decl.build(source, length, progress or _silent)
 
 
@@ -78,10 +99,17 @@ def random_model(
     Matrices are stored in float32 ("auto" too) or bfloat16, with a placement in the type that it computes in. Raises
     CheckpointError and ConfigError as `load_model`.
     """
-    decl = declare(config)
+    if read_format(config) is not None:
+        raise CheckpointError(
+            "config.json: quantization_config is given, but random weights are not quantised so: take it out, or round "
+            "them with quantize",
+            param="quantization_config",
+        )
+    place = placement or Placement(quantize=quantize, kv=kv)
+    decl = _described(declare(config), f"random{_rounding(place)}")
     automatic = dtype == "auto" and placement is None
     stored = torch.float32 if automatic else _storage(dtype, placement)[torch.float32]
-    source = RandomWeights(decl.tensors(), seed, stored, stored, placement or Placement(quantize=quantize, kv=kv))
+    source = RandomWeights(decl.tensors(), seed, stored, stored, place)
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
 
 
@@ -94,7 +122,10 @@ def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
         return known[dtype]
     if dtype != "auto":
         raise ConfigError(f"model.dtype is {dtype}, but on a GPU it must be auto, bfloat16 or float16", param="dtype")
-    stored = set() if path is None else {tensor.dtype for tensor in Checkpoint(path).tensors.values()}
+    stored: set[str] = set()
+    if path is not None:
+        files: CheckpointFiles = GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path)
+        stored = {tensor.dtype for tensor in files.tensors.values()}
     return torch.float16 if "F16" in stored and "BF16" not in stored else torch.bfloat16
 
 
@@ -103,22 +134,24 @@ class _CheckpointWeights:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        names: Mapping[str, str],
+        checkpoint: CheckpointFiles,
+        matched: Matched,
         storage: Mapping[torch.dtype, torch.dtype],
         placement: Placement,
     ) -> None:
-        """`names` maps declared names to stored ones."""
         self.placement = placement
         self._checkpoint = checkpoint
-        self._names = names
+        self._matched = matched
         self._storage = storage
 
     def read(self, name: str) -> Tensor:
-        return self._checkpoint.read(self._names[name])
+        return self._checkpoint.read(self._matched.names[name])
 
     def matrix(self, name: str) -> StoredMatrix:
-        return self.read(f"{name}.weight")
+        quantized = self._matched.quantized.get(name)
+        if quantized is None:
+            return self._checkpoint.matrix(self._matched.names[f"{name}.weight"])
+        return quantized.read(self._storage[torch.bfloat16])
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         return self._storage[stored]
@@ -136,58 +169,12 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _match(decl: DecoderDecl, checkpoint: Checkpoint, path: Path) -> dict[str, str]:
-    """Declared name -> stored name; raises CheckpointError that lists every name or shape at fault."""
-    stored = checkpoint.tensors
-    prefix = decl.base_prefix if any(name.startswith(decl.base_prefix) for name in stored) else ""
-    names: dict[str, str] = {}
-    missing, misshapen = [], []
-    for tensor in decl.tensors():
-        bare = tensor.name.removeprefix(decl.base_prefix)
-        name = prefix + bare if bare != tensor.name else tensor.name
-        names[tensor.name] = name
-        if name not in stored:
-            missing.append(name)
-        elif stored[name].shape != tensor.shape:
-            misshapen.append(f"{name} is {list(stored[name].shape)}, expected {list(tensor.shape)}")
-    known = set(names.values())
-    extra = [
-        name
-        for name in stored
-        if name not in known and not any(pattern.fullmatch(name.removeprefix(prefix)) for pattern in decl.harmless)
-    ]
-    if decl.lm_head is None and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
-        _check_tied(checkpoint, names[f"{decl.embedding.name}.weight"])
-    faults = [
-        f"{len(found)} {what}: {_listing(found)}"
-        for what, found in (("missing", missing), ("unexpected", extra), ("of the wrong shape", misshapen))
-        if found
-    ]
-    if faults:
-        raise CheckpointError(
-            f"the weights in {path} do not fit {decl.spec.architecture} as config.json describes it. "
-            + "; ".join(faults)
-        )
-    return names
+def _described(decl: DecoderDecl, weights: str) -> DecoderDecl:
+    return msgspec.structs.replace(decl, spec=msgspec.structs.replace(decl.spec, weights=weights))
 
 
-def _check_tied(checkpoint: Checkpoint, embedding: str) -> None:
-    """Some checkpoints store a tied output matrix a second time."""
-    same = torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read(embedding))
-    checkpoint.release()
-    if not same:
-        raise CheckpointError(
-            f"config.json: tie_word_embeddings is true, but lm_head.weight differs from {embedding}; "
-            "set it to false to use both",
-            param="tie_word_embeddings",
-        )
-
-
-def _listing(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
-    return ", ".join(ordered[:_LISTED]) + more
+def _rounding(place: Placement) -> str:
+    return "" if place.quantize is None else f", rounded to {place.quantize.bits} bits at load"
 
 
 def _storage(dtype: str, placement: Placement | None) -> Mapping[torch.dtype, torch.dtype]:

@@ -98,7 +98,6 @@ def test_yarn_lengthens_the_context() -> None:
         (LLAMA | {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM.*LlamaForCausalLM"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}, "evil"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised .gptq."),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'.*silu"),
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type is 'longrope'.*llama3"),
         (LLAMA | {"rope_scaling": {"type": "mrope"}}, "type is 'mrope'"),

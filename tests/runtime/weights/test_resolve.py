@@ -28,11 +28,67 @@ def test_a_path_that_is_not_there(model: str, said: str) -> None:
         resolve_model(model)
 
 
-def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
     file.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="is a file: give the folder"):
+    with pytest.raises(CheckpointError, match=r"is a file whose name does not end in \.gguf: give the folder"):
         resolve_model(file)
+    with pytest.raises(
+        CheckpointError, match=r"there is no file .*none\.gguf; one on the hub is owner/name/file\.gguf"
+    ):
+        resolve_model(tmp_path / "none.gguf")
+
+
+def test_gguf_files_and_folders_with_one(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for number in (1, 2):
+        (folder / f"big-0000{number}-of-00002.gguf").touch()
+    first = folder / "big-00001-of-00002.gguf"
+    for given in (first, folder / "big-00002-of-00002.gguf"):
+        assert resolve_model(given).path == first
+        assert resolve_model(given).name == "big-00001-of-00002"
+    found = resolve_model(folder)
+    assert (found.name, found.path) == ("model", first)
+    (folder / "small.gguf").touch()
+    assert resolve_model(folder / "small.gguf").name == "small"
+    with pytest.raises(
+        CheckpointError, match=r"several GGUF models: name one of big-00001-of-00002\.gguf, small\.gguf"
+    ):
+        resolve_model(folder)
+    (folder / "config.json").write_text("{}")
+    assert resolve_model(folder).path == folder
+
+
+@pytest.mark.parametrize("model", ["owner/name:sub/x-Q4_0.gguf", "owner/name/sub/x-Q4_0.gguf"])
+def test_a_gguf_file_on_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def fetch(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match=r"owner/name on the hub has no file sub/x-Q4_0\.gguf"):
+        resolve_model(model)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x-Q4_0.gguf").touch()
+    found = resolve_model(model)
+    assert (found.name, found.path) == ("x-Q4_0", tmp_path / "sub" / "x-Q4_0.gguf")
+    assert asked == [("owner/name", ["sub/x-Q4_0.gguf"])] * 2
+
+
+def test_all_parts_of_a_split_file_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"]
+
+    def fetch(repo_id: str, allow_patterns: list[str]) -> str:
+        assert allow_patterns == parts
+        for part in parts:
+            (tmp_path / part).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve_model(f"owner/name:{parts[1]}").path == tmp_path / parts[0]
 
 
 def test_the_hub_is_asked_for_what_is_used_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

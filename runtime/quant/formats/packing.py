@@ -1,0 +1,98 @@
+"""From packed words to integers, and from integers with wide scales to what the kernels take."""
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.quantized import QuantizedWeight
+from millrace.runtime.quant.formats.base import Matrix
+
+_SLICE = 1 << 22  # integers that are taken apart at a time
+_HALF_STEP = 2.0**-11  # of float16: its relative rounding error
+
+
+def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` integers of each row.
+
+    Integer i begins at bit i * bits of its row, counted from the lowest bit of the first word, and may go on in the
+    next word: the layout of GPTQ (along the inputs, its 3 bits too) and of compressed-tensors.
+
+    Args:
+        words: [rows, words] int32, in any strides.
+        bits: 1 to 8.
+        count: integers in a row, at most 32 * words // bits.
+
+    Returns:
+        [rows, count] uint8.
+    """
+    out = torch.empty(words.shape[0], count, dtype=torch.uint8)
+    step = max(1, _SLICE // max(1, count))
+    for start in range(0, len(out), step):
+        rows = words[start : start + step].contiguous().view(torch.uint8)
+        integers = _whole(rows, bits) if 8 % bits == 0 else _straddling(rows, bits, count)
+        out[start : start + step] = integers[:, :count]
+    return out
+
+
+def _whole(rows: Tensor, bits: int) -> Tensor:
+    """Integers that lie within a byte each."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return ((rows[:, :, None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+
+
+def _straddling(rows: Tensor, bits: int, count: int) -> Tensor:
+    """Eight integers lie in `bits` bytes, each of them in at most two."""
+    octets = -(-count // 8)
+    grouped = torch.zeros(len(rows), octets * bits, dtype=torch.uint8)
+    used = min(grouped.shape[1], rows.shape[1])
+    grouped[:, :used] = rows[:, :used]
+    grouped = grouped.view(len(rows), octets, bits)
+    out = torch.empty(len(rows), octets, 8, dtype=torch.uint8)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        value = grouped[:, :, byte].short()
+        if shift + bits > 8:
+            value |= grouped[:, :, byte + 1].short() << 8
+        out[:, :, index] = (value >> shift) & ((1 << bits) - 1)
+    return out.flatten(1)
+
+
+def quantized(
+    matrix: Matrix,
+    q: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    wide: torch.dtype,
+    *,
+    codebook: Tensor | None = None,
+    order: Tensor | None = None,
+) -> QuantizedWeight | Tensor:
+    """The matrix as integers with float16 scales; widened to type `wide` where float16 cannot hold the scales.
+
+    Rounding a scale to float16 moves its group's weights by at most 2^-11 of their size. Scales below float16's normal
+    range are rounded more coarsely; they pass as long as they are off by no more than 2^-11 of the largest scale.
+
+    Args:
+        q: [out, in] uint8, below 2 ** bits.
+        scales, zeros: [out, groups], of any floating type; CheckpointError where they are not finite.
+        bits: of the integers, at most 8; they are kept in 4 or 8.
+    """
+    scales, zeros = scales.float(), zeros.float()
+    if not bool(scales.isfinite().all()):
+        matrix.refuse("its scales are not all finite numbers: the checkpoint is damaged")
+    halves = scales.half()
+    weight = QuantizedWeight(q, halves, zeros.half().contiguous(), 4 if bits <= 4 else 8, codebook, order)
+    if bool((halves.float() - scales).abs().max() <= _HALF_STEP * scales.abs().max()):
+        return weight._replace(scales=halves.contiguous())
+    return widen_rows(weight._replace(scales=scales, zeros=zeros), wide)
+
+
+def widen_rows(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The matrix in `dtype`; some rows at a time, so that it never lies in memory in float32 as a whole."""
+    out = torch.empty(weight.q.shape, dtype=dtype)
+    step = max(1, _SLICE // out.shape[1])
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        part = weight._replace(q=weight.q[rows], scales=weight.scales[rows], zeros=weight.zeros[rows])
+        out[rows] = part.widen()
+    return out
