@@ -283,6 +283,12 @@ def test_checkpoints_that_cannot_be_quantised(tmp_path: Path, text: Path, monkey
         save_file(tensors, broken / "model.safetensors", {"format": "pt"})
         refused(broken, message, method)
         shutil.rmtree(tmp_path / "out.partial")
+    tied = make_checkpoint("qwen2", tmp_path / "tied")
+    add_tokenizer(tied)
+    tensors = {name: tensor.clone() for name, tensor in load_file(tied / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    refused(tied, "lm_head.weight differs from model.embed_tokens.weight")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused(model, "GB, but")
