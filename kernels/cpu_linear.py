@@ -45,7 +45,8 @@ class CpuLinear(PackedLinear):
             codes, groups = weight.codes, weight.scales.shape[1]
             # A scale for the whole of an output is one for a group as long as any.
             self._group_bits = 62 if groups == 1 else weight.group_size.bit_length() - 1
-            panels = padded_to_panels(library, weight.scales).view(-1, library.mr_panel_width(), groups)
+            scales = weight.scales * 256.0  # what `widen_e4m3` of cpu/convert.h leaves out
+            panels = padded_to_panels(library, scales).view(-1, library.mr_panel_width(), groups)
             self._scales = panels.transpose(1, 2).contiguous()
         else:
             codes = weight

@@ -58,10 +58,10 @@ class Float8Weight(NamedTuple):
         return self.codes.float() * self.scales.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
 
 
-StoredMatrix = Tensor | QuantizedWeight | Float8Weight
+AnyWeight = Tensor | QuantizedWeight | Float8Weight
 
 
-def stack_rows(parts: Sequence[StoredMatrix]) -> QuantizedWeight | Float8Weight | None:
+def stack_rows(parts: Sequence[AnyWeight]) -> QuantizedWeight | Float8Weight | None:
     """One matrix with the outputs of all; None where they are of several kinds, or of the plain one."""
     eights = [part for part in parts if isinstance(part, Float8Weight)]
     if len(eights) == len(parts):

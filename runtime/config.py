@@ -24,7 +24,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     served_name: Annotated[str, Meta(description="name that clients use; empty takes the folder's")] = ""
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="how weights are stored: auto, float32 (CPU), bfloat16 or float16 (GPU)"),
+        Meta(description="how weights are stored: auto, float32 (CPU), bfloat16 or float16"),
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     quantize: Annotated[

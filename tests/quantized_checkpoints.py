@@ -13,7 +13,7 @@ from checkpoints import PagedSequences, load_reference, make_checkpoint, random_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import AnyWeight
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderModel
@@ -157,15 +157,15 @@ def make_pair(
     return Pair(quantized, plain)
 
 
-def read_matrices(folder: Path, wide: torch.dtype = torch.float32) -> dict[str, QuantizedWeight | Tensor]:
+def read_matrices(folder: Path, wide: torch.dtype = torch.float32) -> dict[str, AnyWeight]:
     """Every quantised matrix by name, as the loader reads it."""
     config = read_config(folder)
     matched = match(declare(config), Checkpoint(folder), read_format(config, folder), folder)
     return {name: matrix.read(wide) for name, matrix in matched.quantized.items()}
 
 
-def widened(weight: QuantizedWeight | Tensor) -> Tensor:
-    return weight.widen() if isinstance(weight, QuantizedWeight) else weight.float()
+def widened(weight: AnyWeight) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else weight.widen()
 
 
 def load_on_torch(folder: Path) -> DecoderModel:

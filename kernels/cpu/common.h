@@ -8,9 +8,6 @@
 #include <cstring>
 
 #include <omp.h>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -40,17 +37,6 @@ typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(4), may_alia
 
 static INLINE vf load(const float* p) { return *(const vf_any*)p; }
 static INLINE void store(float* p, vf v) { *(vf_any*)p = v; }
-// VL numbers of float16. The conversion of whole vectors that GCC makes by itself goes number by number.
-typedef _Float16 halves_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
-static INLINE vf load_halves(const void* from) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__F16C__)
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-#else
-    return __builtin_convertvector(*(const halves_any*)from, vf);
-#endif
-}
 static INLINE vf splat(float s) { return s - vf{}; }
 static INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 

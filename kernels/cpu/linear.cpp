@@ -6,7 +6,7 @@
 // Each output element is one chain of fused multiply-adds over k = 0 .. K-1, begun at the bias, wherever the tiles,
 // blocks and threads fall: a row's result has the same bits for every number of rows in the batch.
 
-#include "common.h"
+#include "convert.h"
 #include "kernels.h"
 
 #include <type_traits>
@@ -57,29 +57,22 @@ struct Half {
     static constexpr long size = 2;
     const char* w;
     Half(const Problem&, const char* w, long, long) : w(w) {}
-    INLINE Pair row(long k) const { return {load_halves(w + k * PW * 2), load_halves(w + k * PW * 2 + VL * 2)}; }
+    INLINE Pair row(long k) const { return {widen_halves(w + k * PW * 2), widen_halves(w + k * PW * 2 + VL * 2)}; }
 };
 struct Float8 {
     static constexpr long size = 1;
     const char* w;
-    const float* scales;
+    const float* scales;  // with the factor that widened codes lack
     long first, group_bits;
     Float8(const Problem& p, const char* w, long panel, long k0)
         : w(w), scales(p.scales + panel * (((p.k - 1) >> p.group_bits) + 1) * PW), first(k0), group_bits(p.group_bits) {}
     INLINE Pair row(long k) const {
+        const int8_t* codes = (const int8_t*)w + k * PW;
         const float* scale = scales + ((first + k) >> group_bits) * PW;
-        return {value(w + k * PW) * load(scale), value(w + k * PW + VL) * load(scale + VL)};
-    }
-    // Sign, exponent and mantissa moved into those of a float16 are the number over 256, subnormal ones too; the sign
-    // of the shifted byte comes along by arithmetic. NaN would become 480, and is refused before.
-    static INLINE vf value(const char* from) {
-        typedef int8_t codes_any __attribute__((vector_size(VL), aligned(1), may_alias));
-        typedef int16_t shorts __attribute__((vector_size(VL * 2)));
-        shorts wide = __builtin_convertvector(*(const codes_any*)from, shorts);
-        wide = (wide << 7) & (short)0xbfff;
-        return load_halves(&wide) * 256.0f;
+        return {widen_e4m3(codes) * load(scale), widen_e4m3(codes + VL) * load(scale + VL)};
     }
 };
+
 // What to fetch while a tile computes: `step` bytes of the weight stream for each k, from `from` on.
 struct Ahead {
     const char* from;
@@ -268,7 +261,7 @@ INLINE long place(int kind, int j) { return kind == BFLOAT16 ? (j % VL) * 2 + j 
 
 EXPORT long mr_panel_width() { return PW; }
 
-// x [m][k], w packed as `kind`, scales of float8 for groups of 2^group_bits of k, bias [ceil(n / PW) * PW], y [m][n].
+// x [m][k], w packed as `kind`, scales of float8, times 2^8, for groups of 2^group_bits of k, bias [ceil(n / PW) * PW], y [m][n].
 EXPORT void mr_linear(const float* x, const void* w, int kind, const float* scales, long group_bits, const float* bias,
                       float* y, long m, long n, long k, int threads) {
     for (long m0 = 0; m0 < m; m0 += SUPER_M) {

@@ -9,7 +9,7 @@
 // With a codebook a nibble stands for one of its 16 bytes, all moved up by 128, as the zeros are.
 // Sums over a group are exact and groups are added in order: a row's result has the same bits in every batch.
 
-#include "common.h"
+#include "convert.h"
 #include "kernels.h"
 
 #include <cmath>
@@ -24,7 +24,6 @@ constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
 
 typedef uint8_t bytes_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
 
-typedef int8_t small_signed __attribute__((vector_size(VL)));
 
 // sum + the dot products of four unsigned bytes of w with four signed bytes of x, in each 32-bit lane.
 INLINE vi dot(vi sum, vi w, vi x) {
@@ -99,7 +98,7 @@ void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t*
         for (i = 0; i + VL <= p.group; i += VL) {
             vi q = (vi)(load(from + i) * inverse + magic) - (vi)splat(magic);
             vector_sum += q;
-            small_signed narrow = __builtin_convertvector(q, small_signed);
+            const bytes_of_lanes narrow = narrow_to_bytes(q);
             for (int j = 0; j < VL; j += 4) memcpy(to + (i + j) * height, (const char*)&narrow + j, 4);
         }
         int32_t sum = 0, lanes[VL];
@@ -189,8 +188,8 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
                 sum_high[r] = dot(sum_high[r], w_high, x);
             }
         }
-        const vf scale_low = load_halves(w), scale_high = load_halves(w + VL * 2);
-        const vf zero_low = load_halves(w + PW * 2), zero_high = load_halves(w + PW * 2 + VL * 2);
+        const vf scale_low = widen_halves(w), scale_high = widen_halves(w + VL * 2);
+        const vf zero_low = widen_halves(w + PW * 2), zero_high = widen_halves(w + PW * 2 + VL * 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const vf sum = splat(sums[r]), scale = splat(scales[r]);

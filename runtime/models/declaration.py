@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
-from millrace.kernels.quantized import Float8Weight, QuantizedWeight, StoredMatrix, stack_rows
+from millrace.kernels.quantized import AnyWeight, Float8Weight, QuantizedWeight, stack_rows
 from millrace.runtime.quant.rounding import Quantization
 
 
@@ -46,6 +46,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         """The same for a matrix that is in 8 bits or fewer already."""
         there = weight.to(self.device)
         if isinstance(there, Float8Weight):
+            if self.activation != torch.float32:
+                # No GPU kernel reads codes, and widening them in every step would take longer than it saves.
+                wide = there.widen().to(self.activation)
+                return ops.pack_linear(wide, bias, activation=self.activation, backends=self.backends)
             return ops.pack_float8(there, bias, activation=self.activation, backends=self.backends)
         return ops.pack_quantized(there, bias, activation=self.activation, backends=self.backends)
 
@@ -59,7 +63,7 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
-    def matrix(self, name: str) -> StoredMatrix:
+    def matrix(self, name: str) -> AnyWeight:
         """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or in the 8 bits or fewer that it
         is stored in."""
 

@@ -9,7 +9,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ class CheckpointFiles(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor in a float type, valid until `release`."""
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+    def matrix(self, name: str) -> AnyWeight:
         """The same for a matrix, which may come as integers."""
 
     def read_any(self, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
 from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, in_one_form, read_blocks, widen_blocks
 from millrace.runtime.text.gguf_tokenizer import special_ids
@@ -138,7 +138,7 @@ class GgufCheckpoint:
                 raise self._damaged(own, error) from None
         return values.t() if match and self._is_turned(match) else values
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+    def matrix(self, name: str) -> AnyWeight:
         """The matrix of that name, `.weight` included; a quantised one as integers, and always [out, in]."""
         own = self._own[name]
         if self._stored[own].kind in FLOAT_TYPES:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
-from millrace.kernels.quantized import StoredMatrix
+from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
@@ -44,9 +44,9 @@ def load_model(
 
     Args:
         path: the folder with config.json and safetensors files, or the GGUF file.
-        dtype: how matrices are stored: "float32", "bfloat16", or "auto", which keeps bfloat16 matrices as they are
-            where the kernels read them directly, and widens all others. Arithmetic is float32 either way. With a
-            placement it stays "auto": everything is of the type that the placement computes in. Matrices that a
+        dtype: how matrices are stored: "float32", "bfloat16", "float16", or "auto", which keeps matrices of 16 bits as
+            they are where the kernels read them directly, and widens all others. Arithmetic is float32 either way. With
+            a placement it stays "auto": everything is of the type that the placement computes in. Matrices that a
             quantised checkpoint holds as integers stay integers; those that no kernel reads are kept as bfloat16
             ones would be.
         placement: a GPU and its backends; None is the CPU.
@@ -147,7 +147,7 @@ class _CheckpointWeights:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._matched.names[name])
 
-    def matrix(self, name: str) -> StoredMatrix:
+    def matrix(self, name: str) -> AnyWeight:
         quantized = self._matched.quantized.get(name)
         if quantized is None:
             return self._checkpoint.matrix(self._matched.names[f"{name}.weight"])
@@ -183,13 +183,15 @@ def _storage(dtype: str, placement: Placement | None) -> Mapping[torch.dtype, to
         if dtype != "auto":
             raise ConfigError(f"dtype is {dtype}, but with a placement it must be auto", param="dtype")
         return dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), placement.activation)
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f"dtype is {dtype}, but it must be auto, float32 or bfloat16", param="dtype")
-    wide = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    # The C++ kernels widen bfloat16 as they read it; torch would widen whole matrices at each call.
-    direct = dtype == "auto" and isinstance(ops.default_backends()[0], CpuBackend)
-    narrow = torch.bfloat16 if direct else wide
-    return {torch.float32: wide, torch.float16: wide, torch.bfloat16: narrow}
+    kept = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype in kept:
+        return dict.fromkeys(kept.values(), kept[dtype])
+    if dtype != "auto":
+        raise ConfigError(f"dtype is {dtype}, but it must be auto, {', '.join(kept)}", param="dtype")
+    # The C++ kernels widen 16 bits as they read them; torch would widen whole matrices at each call.
+    if isinstance(ops.default_backends()[0], CpuBackend):
+        return {stored: stored for stored in kept.values()}
+    return dict.fromkeys(kept.values(), torch.float32)
 
 
 def _model_len(decl: DecoderDecl, wanted: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
 from millrace.runtime.models.declaration import TensorDecl
 from millrace.runtime.models.decoder import DecoderDecl
@@ -25,7 +25,7 @@ class QuantizedMatrix(NamedTuple):
     stored: StoredMatrix
     transposed: bool  # the model declares it [in, out]
 
-    def read(self, wide: torch.dtype) -> QuantizedWeight | Tensor:
+    def read(self, wide: torch.dtype) -> AnyWeight:
         """Integers [out, in], or values of type `wide` in the declared order."""
         weight = self.layout.read(self.stored, wide)
         return weight.t() if self.transposed and isinstance(weight, Tensor) else weight

@@ -7,7 +7,7 @@ from typing import NamedTuple, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
 from millrace.runtime.weights.checkpoint import StoredTensor
 
@@ -61,7 +61,7 @@ class Layout(Protocol):
     def parts(self) -> Sequence[Part]:
         """Every tensor that must be there; the loader checks names, shapes and types before `read`."""
 
-    def read(self, stored: StoredMatrix, wide: torch.dtype) -> QuantizedWeight | Tensor:
+    def read(self, stored: StoredMatrix, wide: torch.dtype) -> AnyWeight:
         """The weight [out_features, in_features]: integers, or values of type `wide` where integers cannot hold it.
 
         Raises CheckpointError for contents that no such matrix can have.

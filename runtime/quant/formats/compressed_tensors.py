@@ -22,7 +22,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.quant.formats.base import FLOATS, Layout, Matrix, Part, StoredMatrix
 from millrace.runtime.quant.formats.fp8 import UNUSED_SCALES, Fp8Layout, scaled_layout
@@ -86,7 +86,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
             parts.append(Part("weight_g_idx", (inputs,), ("I32", "I64")))
         return parts
 
-    def read(self, stored: StoredMatrix, wide: torch.dtype) -> QuantizedWeight | Tensor:
+    def read(self, stored: StoredMatrix, wide: torch.dtype) -> AnyWeight:
         _, outputs, inputs = self.matrix
         middle = 1 << (self.bits - 1)
         if self.is_packed:

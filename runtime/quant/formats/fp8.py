@@ -5,19 +5,19 @@ For a matrix [out, in] the weight is `weight` [out, in] float8_e4m3fn times a sc
 `weight_scale`, one for the matrix or for each output. Scales of activations (`activation_scheme` "static") are not
 needed: activations stay as they are.
 
-`dequantise_fp8` is the one place where such weights are widened.
+Blocks become scales for groups of inputs of each output.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
+from millrace.kernels.quantized import Float8Weight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed, type_name
+from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed
 
 _SLICE = 1 << 20  # weights that are wide at a time
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -32,30 +32,6 @@ UNUSED_SCALES = tuple(
         r".*\.(k|v|kv)_(scale|zero_point)",
     )
 )
-
-
-class Fp8Weight(NamedTuple):
-    """A matrix [out, in] with one scale for each block of rows x columns; blocks at the edges may be smaller."""
-
-    weight: Tensor  # [out, in] float8_e4m3fn
-    scale: Tensor  # [ceil(out / rows), ceil(in / columns)] of any floating type
-    rows: int
-    columns: int
-
-
-def dequantise_fp8(stored: Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype`: each product is computed in float32 and rounded once."""
-    outputs, inputs = stored.weight.shape
-    scale = stored.scale.float()
-    out = torch.empty(outputs, inputs, dtype=dtype)
-    step = max(1, _SLICE // inputs)
-    for start in range(0, outputs, step):
-        rows = torch.arange(start, min(start + step, outputs))
-        factors = scale[rows // stored.rows]
-        if factors.shape[1] > 1:
-            factors = factors.repeat_interleave(stored.columns, dim=1)[:, :inputs]
-        out[start : start + step] = stored.weight[start : start + step].float() * factors
-    return out
 
 
 class Fp8Layout(msgspec.Struct, frozen=True):
@@ -80,12 +56,15 @@ class Fp8Layout(msgspec.Struct, frozen=True):
             Part(self.scale, self.shape, (*FLOATS, "F8_E8M0")),
         ]
 
-    def read(self, stored: StoredMatrix, wide: torch.dtype) -> Tensor:
+    def read(self, stored: StoredMatrix, wide: torch.dtype) -> Float8Weight:
         _, outputs, inputs = self.matrix
         scale = stored.read(self.scale).float().view(-(-outputs // self.rows), -(-inputs // self.columns))
         if not bool(scale.isfinite().all()):
             self.matrix.refuse(f"its {self.scale} is not finite everywhere: the checkpoint is damaged")
-        return dequantise_fp8(Fp8Weight(stored.read("weight"), scale, self.rows, self.columns), wide)
+        codes = stored.read("weight").clone()  # what is in the file goes with it
+        if bool((codes.view(torch.uint8) & 0x7F == 0x7F).any()):
+            self.matrix.refuse("its weight is not a number somewhere: the checkpoint is damaged")
+        return Float8Weight(codes, scale.repeat_interleave(self.rows, 0)[:outputs].contiguous(), self.columns)
 
     def describe(self, wide: torch.dtype) -> str:
         _, outputs, inputs = self.matrix
@@ -93,7 +72,7 @@ class Fp8Layout(msgspec.Struct, frozen=True):
             (outputs, inputs): "one scale for each matrix",
             (1, inputs): "one scale for each output",
         }.get((self.rows, self.columns), f"blocks of {self.rows} x {self.columns}")
-        return f"E4M3, {scales}, widened to {type_name(wide)} at load"
+        return f"E4M3, {scales}, packed"
 
 
 def scaled_layout(matrix: Matrix, stored: StoredMatrix, scale: str, block: tuple[int, int] | None) -> Fp8Layout:

@@ -224,6 +224,8 @@ async def test_keys_are_of_16_bits_or_of_8_for_some_head_sizes(monkeypatch: pyte
     monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
     with pytest.raises(ConfigError, match=r"kv\.dtype is bfloat16, but on a GPU it must be auto"):
         await Runtime(kv__dtype="bfloat16").start()
+    with pytest.raises(ConfigError, match=r"model\.quantize is fp8, but on a GPU it must be none, int8"):
+        await Runtime(model__quantize="fp8").start()
     model: Any = LedgerModel()  # of a head size that no kernel has
     gpu, world = Gpu(FakeDriver(), launcher), AsyncioWorld()
     with pytest.raises(ConfigError, match=r"kv\.dtype is int8, .*head sizes of 32, 64, .* not 1: use auto"):

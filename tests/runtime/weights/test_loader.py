@@ -124,7 +124,7 @@ def test_a_tied_matrix_is_held_once(tmp_path: Path) -> None:
     assert 0.95 < model.weight_bytes / (4 * model.spec.num_parameters) < 1.05
 
 
-def test_float16_is_widened(tmp_path: Path) -> None:
+def test_float16_gives_the_numbers_of_its_float32(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path, dtype=torch.float16)
     exact = load_file(folder / "model.safetensors")
     narrow = logits(load_model(folder))
@@ -132,9 +132,10 @@ def test_float16_is_widened(tmp_path: Path) -> None:
     assert torch.equal(logits(load_model(folder)), narrow)
 
 
-def test_bfloat16_storage_halves_the_matrices(tmp_path: Path) -> None:
-    folder = make_checkpoint("llama", tmp_path, dtype=torch.bfloat16)
-    wide, narrow = (load_model(folder, dtype=dtype) for dtype in ("float32", "bfloat16"))
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_16_bits_halve_the_matrices(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path, dtype=getattr(torch, name))
+    wide, narrow = (load_model(folder, dtype=dtype) for dtype in ("float32", name))
     assert 0.5 <= narrow.weight_bytes / wide.weight_bytes < 0.52  # biases stay wide, and packing may add some
     assert load_model(folder).weight_bytes in (wide.weight_bytes, narrow.weight_bytes)
     # Both hold the same numbers; only the order of summation may differ.
