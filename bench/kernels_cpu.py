@@ -38,12 +38,14 @@ SHAPES = {  # name: (in, out, row counts)
 ATTENTION = {  # name: (query length, context, sequences)
     "decode b1 c128": (1, 128, 1),
     "decode b1 c4096": (1, 4096, 1),
+    "decode b1 c32768": (1, 32768, 1),
     "decode b8 c512": (1, 512, 8),
     "decode b16 c1024": (1, 1024, 16),
     "prefill 128": (128, 128, 1),
     "prefill 512": (512, 512, 1),
     "chunk 256 at 2048": (256, 2048, 1),
 }
+KV = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 RING_BYTES = 160e6
 
 Calls = Mapping[str, Callable[[int], Any]]
@@ -147,6 +149,18 @@ def bench_linear(machine: Machine, backend: CpuBackend, bench: Bench) -> list[di
     return results
 
 
+def narrow_pool(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same keys and values in another type, with scales if it is one of 8 bits."""
+    narrow = torch.empty(2, *k_cache.shape, dtype=dtype)
+    scales = torch.empty(narrow.shape[:-1]) if dtype.itemsize == 1 else None
+    slots = torch.arange(k_cache.shape[0] * ops.BLOCK_SIZE)
+    k, v = (cache.transpose(1, 2).flatten(0, 1).contiguous() for cache in (k_cache, v_cache))
+    ops.write_kv(k, v, narrow[0], narrow[1], slots, kv_scales=scales)
+    return narrow[0], narrow[1], scales
+
+
 def bench_attention(
     name: str, query_len: int, context: int, sequences: int, backend: CpuBackend, bench: Bench
 ) -> dict[str, Any]:
@@ -156,21 +170,28 @@ def bench_attention(
     starts = torch.arange(0, (sequences + 1) * query_len, query_len, dtype=torch.int32)
     lens = torch.full((sequences,), context, dtype=torch.int32)
     q = torch.randn(sequences * query_len, HEADS, HEAD_DIM)
+    pools = {"cpu": (k_cache, v_cache, None)} | {kv: narrow_pool(k_cache, v_cache, dtype) for kv, dtype in KV.items()}
     batch = ops.attention_batch(starts, lens, tables, query_len, context)
 
-    def attend(chosen: Backend) -> torch.Tensor:
-        return ops.paged_attention(q, k_cache, v_cache, batch, HEAD_DIM**-0.5, None, backends=[chosen])
+    def attend(chosen: Backend, kv: str, _: int) -> torch.Tensor:
+        keys, values, scales = pools[kv]
+        return ops.paged_attention(q, keys, values, batch, HEAD_DIM**-0.5, None, kv_scales=scales, backends=[chosen])
 
-    plain = TorchBackend()
     times = bench.times(
         {
-            "cpu": lambda _: attend(backend),
-            "torch": lambda _: attend(plain),
+            **{kv: partial(attend, backend, kv) for kv in pools},
+            "torch": partial(attend, TorchBackend(), "cpu"),
             "attention_batch": lambda _: ops.attention_batch(starts, lens, tables, query_len, context),
         }
     )
     kv_bytes = sequences * context * KV_HEADS * HEAD_DIM * 8
-    show(name, times, f"torch/cpu {times['torch'] / times['cpu']:.2f}", f"KV {kv_bytes / times['cpu'] / 1e9:.1f} GB/s")
+    show(
+        name,
+        times,
+        f"torch/cpu {times['torch'] / times['cpu']:.2f}",
+        "cpu over narrower keys and values: " + ", ".join(f"{kv} {times['cpu'] / times[kv]:.2f}" for kv in KV),
+        f"KV {kv_bytes / times['cpu'] / 1e9:.1f} GB/s",
+    )
     return {"name": name, "us": micros(times), "kv_bytes": kv_bytes}
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 BLOCK_SIZE = 16  # token slots per KV block
 
@@ -130,6 +130,12 @@ class QuantizedArgs(NamedTuple):
     activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
 
 
+class Float8Args(NamedTuple):
+    weight: Float8Weight
+    bias: Tensor | None  # [out]
+    activation: torch.dtype = torch.float32  # of what is multiplied, and of the product
+
+
 class EmbeddingArgs(NamedTuple):
     tokens: Tensor  # [num_tokens] int64
     weight: Tensor  # [vocab, hidden]
@@ -163,6 +169,7 @@ class WriteKvArgs(NamedTuple):
     k_cache: Tensor  # [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]
     v_cache: Tensor  # as k_cache
     slot_mapping: Tensor  # [num_tokens] int64, block * BLOCK_SIZE + offset
+    kv_scales: Tensor | None = None  # as RopeKvArgs.kv_scales
 
 
 class RopeKvArgs(NamedTuple):
@@ -243,12 +250,14 @@ class PackedDecoder(abc.ABC):
         positions: Tensor,
         slot_mapping: Tensor,
         logits_indices: Tensor,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Writes keys and values of all tokens; returns what the output matrix multiplies, [num_logits, hidden].
 
         Args:
             residual: embeddings [num_tokens, hidden] float32; used up.
-            kv_storage: [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32.
+            kv_storage: [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] float32, bfloat16, or of 8 bits.
+            kv_scales: [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE] float32, of a pool of 8 bits.
             positions, slot_mapping: [num_tokens] int64.
             logits_indices: [num_logits] int64, tokens whose output is wanted.
 
@@ -281,6 +290,9 @@ class Backend:
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_quantized")
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
+        return self._lacks("pack_float8")
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         return self._lacks("pack_decoder")

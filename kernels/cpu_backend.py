@@ -17,6 +17,7 @@ from millrace.kernels.arguments import (
     AttentionArgs,
     Backend,
     DecoderArgs,
+    Float8Args,
     NormArgs,
     PackArgs,
     PackedDecoder,
@@ -26,23 +27,23 @@ from millrace.kernels.arguments import (
     RopeArgs,
     WriteKvArgs,
 )
-from millrace.kernels.cpu_decoder import CpuDecoder
-from millrace.kernels.cpu_linear import CpuLinear
+from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
+from millrace.kernels.cpu_linear import KINDS, CpuLinear
 from millrace.kernels.cpu_quantized import CpuQuantized
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_panel_width": ([], _L),
     "mr_pack": ([_P, _I, _P, _L, _L, _I], None),
-    "mr_linear": ([_P, _P, _I, _P, _P, _L, _L, _L, _I], None),
-    "mr_unpack_rows": ([_P, _I, _P, _P, _L, _L, _L], _L),
+    "mr_linear": ([_P, _P, _I, _P, _L, _P, _P, _L, _L, _L, _I], None),
+    "mr_unpack_rows": ([_P, _I, _P, _L, _P, _P, _L, _L, _L], _L),
     "mr_rms_norm": ([_P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_layer_norm": ([_P, _P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_silu_mul": ([_P, _P, _L, _L, _I], None),
     "mr_gelu_tanh": ([_P, _P, _L, _I], None),
     "mr_rope": ([_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _I], _L),
-    "mr_write_kv": ([_P, _P, _P, _P, _P, _L, _L, _L, _L], _L),
-    "mr_attention": ([_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
+    "mr_write_kv": ([_P, _P, _P, _P, _L, _L, _L, _L], _L),
+    "mr_attention": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
     "mr_decoder": ([_P, _P, _P, _P], ctypes.c_int64),
     "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
     "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
@@ -80,7 +81,7 @@ class CpuBackend(Backend):
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         if not args.weight.is_cpu:
             return _elsewhere(args.weight)
-        if args.activation != torch.float32 or args.weight.dtype not in (torch.float32, torch.bfloat16):
+        if args.activation != torch.float32 or args.weight.dtype not in KINDS:
             return Refusal(f"it has no product of {args.activation} by {args.weight.dtype}")
         return CpuLinear(self._library, args.weight, args.bias)
 
@@ -92,6 +93,16 @@ class CpuBackend(Backend):
         if args.weight.group_size % 4:
             return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
         return CpuQuantized(self._library, args.weight, args.bias)
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
+        weight = args.weight
+        if not weight.codes.is_cpu:
+            return _elsewhere(weight.codes)
+        if args.activation != torch.float32:
+            return Refusal(f"it has no product of {args.activation} by float8")
+        if weight.scales.shape[1] > 1 and weight.group_size.bit_count() > 1:
+            return Refusal(f"groups of {weight.group_size} inputs are not a power of two")
+        return CpuLinear(self._library, weight, args.bias)
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         refusal = self._refuse_head_dim(args.head_dim)
@@ -162,9 +173,10 @@ class CpuBackend(Backend):
         k, cache = args.k, args.k_cache
         if not _serves(k):
             return _elsewhere(k)
+        pool = KvPoolC.of(cache, args.v_cache, args.kv_scales)
         bad = self._library.mr_write_kv(
-            k.data_ptr(), args.v.data_ptr(), cache.data_ptr(), args.v_cache.data_ptr(), args.slot_mapping.data_ptr(),
-            k.shape[0], k.shape[1], k.shape[2], cache.shape[0],
+            k.data_ptr(), args.v.data_ptr(), ctypes.byref(pool), args.slot_mapping.data_ptr(), k.shape[0], k.shape[1],
+            k.shape[2], cache.shape[0],
         )  # fmt: skip
         if bad:
             slot = int(args.slot_mapping[bad - 1])
@@ -175,18 +187,16 @@ class CpuBackend(Backend):
         q, cache, batch = args.q, args.k_cache, args.batch
         if not _serves(q):
             return _elsewhere(q)
-        if args.kv_scales is not None:
-            return Refusal(f"it reads no pool of {cache.dtype}")
         head_dim = q.shape[2]
         refusal = self._refuse_head_dim(head_dim)
         if refusal is not None:
             return refusal
         out = torch.empty_like(q)
+        pool = KvPoolC.of(cache, args.v_cache, args.kv_scales)
         bad = self._library.mr_attention(
-            q.data_ptr(), cache.data_ptr(), args.v_cache.data_ptr(), batch.query_starts.data_ptr(),
-            batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), out.data_ptr(), batch.num_seqs,
-            batch.block_tables.shape[1], cache.shape[0], q.shape[1], cache.shape[1], head_dim,
-            q.stride(0), args.window or 0, args.scale, torch.get_num_threads(),
+            q.data_ptr(), ctypes.byref(pool), batch.query_starts.data_ptr(), batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(), out.data_ptr(), batch.num_seqs, batch.block_tables.shape[1], cache.shape[0],
+            q.shape[1], cache.shape[1], head_dim, q.stride(0), args.window or 0, args.scale, torch.get_num_threads(),
         )  # fmt: skip
         if bad:
             raise IndexError(

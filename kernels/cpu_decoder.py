@@ -24,6 +24,20 @@ from millrace.kernels.cpu_quantized import CpuQuantized
 _P, _L, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
+# What a pool may be of, numbered as in kv.h.
+_KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+
+
+class KvPoolC(ctypes.Structure):
+    _fields_ = [("keys", _P), ("values", _P), ("key_scales", _P), ("value_scales", _P), ("kind", ctypes.c_int)]
+
+    @classmethod
+    def of(cls, k_cache: Tensor, v_cache: Tensor, kv_scales: Tensor | None) -> "KvPoolC":
+        """The pool of one layer, whose tensors the fronts have checked."""
+        keys, values = (None, None) if kv_scales is None else (kv_scales[0].data_ptr(), kv_scales[1].data_ptr())
+        return cls(k_cache.data_ptr(), v_cache.data_ptr(), keys, values, _KV_KINDS[k_cache.dtype])
+
+
 class _Norm(ctypes.Structure):
     _fields_ = [("weight", _P), ("bias", _P), ("eps", _D)]
 
@@ -46,8 +60,8 @@ class _Decoder(ctypes.Structure):
 class _Batch(ctypes.Structure):
     _fields_ = [
         ("positions", _P), ("slots", _P), ("logits_indices", _P), ("query_starts", _P), ("context_lens", _P),
-        ("block_tables", _P), ("kv", _P), ("num_tokens", _L), ("num_logits", _L), ("num_seqs", _L), ("max_blocks", _L),
-        ("num_blocks", _L), ("threads", _L),
+        ("block_tables", _P), ("kv", _P), ("kv_scales", _P), ("kv_kind", _L), ("kv_bytes", _L), ("num_tokens", _L),
+        ("num_logits", _L), ("num_seqs", _L), ("max_blocks", _L), ("num_blocks", _L), ("threads", _L),
     ]  # fmt: skip
 
 
@@ -108,12 +122,23 @@ class CpuDecoder(PackedDecoder):
         positions: Tensor,
         slot_mapping: Tensor,
         logits_indices: Tensor,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         layers, two, kv_heads, block_size, head_dim = self._kv_shape
         num_blocks = kv_storage.shape[2]
+        slots = (layers, two, num_blocks, kv_heads, block_size)
+        kv_dtype = kv_storage.dtype
+        is_scaled = kv_dtype.itemsize == 1
+        if kv_dtype not in _KV_KINDS or is_scaled != (kv_scales is not None):
+            given = "without kv_scales" if kv_scales is None else "with kv_scales"
+            raise ValueError(
+                f"decoder: kv_storage is {describe(kv_storage)} {given}, but it must be float32 or bfloat16 without, or"
+                " int8 or float8_e4m3fn with them"
+            )
         for name, tensor, shape, dtype in (
             ("residual", residual, (batch.num_tokens, self._hidden), torch.float32),
-            ("kv_storage", kv_storage, (layers, two, num_blocks, kv_heads, block_size, head_dim), torch.float32),
+            ("kv_storage", kv_storage, (*slots, head_dim), kv_dtype),
+            *([] if kv_scales is None else [("kv_scales", kv_scales, slots, torch.float32)]),
             ("positions", positions, (batch.num_tokens,), torch.int64),
             ("slot_mapping", slot_mapping, (batch.num_tokens,), torch.int64),
             ("logits_indices", logits_indices, (logits_indices.numel(),), torch.int64),
@@ -126,8 +151,10 @@ class CpuDecoder(PackedDecoder):
         out = torch.empty(num_logits, self._hidden)
         call = _Batch(
             positions.data_ptr(), slot_mapping.data_ptr(), logits_indices.data_ptr(), batch.query_starts.data_ptr(),
-            batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), kv_storage.data_ptr(), batch.num_tokens,
-            num_logits, batch.num_seqs, batch.block_tables.shape[1], num_blocks, torch.get_num_threads(),
+            batch.context_lens.data_ptr(), batch.block_tables.data_ptr(), kv_storage.data_ptr(),
+            None if kv_scales is None else kv_scales.data_ptr(), _KV_KINDS[kv_dtype], kv_dtype.itemsize,
+            batch.num_tokens, num_logits, batch.num_seqs, batch.block_tables.shape[1], num_blocks,
+            torch.get_num_threads(),
         )  # fmt: skip
         bad = self._library.mr_decoder(
             ctypes.byref(self._decoder), ctypes.byref(call), residual.data_ptr(), out.data_ptr()

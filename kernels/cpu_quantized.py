@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.arguments import PackedLinear
-from millrace.kernels.cpu_linear import MatrixC
+from millrace.kernels.cpu_linear import MatrixC, padded_to_panels, pointer
 from millrace.kernels.quantized import QuantizedWeight
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class CpuQuantized(PackedLinear):
@@ -24,12 +20,9 @@ class CpuQuantized(PackedLinear):
         self._library = library
         self.out_features, self.in_features = weight.q.shape
         self._bits, self._group = weight.bits, weight.group_size
-        width = library.mr_panel_width()
         shape = (self.out_features, self.in_features, self._group, self._bits)
         self._packed = torch.empty(library.mr_quantized_bytes(*shape), dtype=torch.uint8)
-        self._bias = torch.zeros(-(-self.out_features // width) * width)
-        if bias is not None:
-            self._bias[: self.out_features] = bias
+        self._bias = padded_to_panels(library, torch.zeros(self.out_features) if bias is None else bias)
         self._order = weight.order
         self._codebook, zeros = None, weight.zeros
         if weight.codebook is not None:  # the dot products take unsigned bytes
@@ -45,12 +38,12 @@ class CpuQuantized(PackedLinear):
         """The matrix as decoder.cpp knows it; it must not outlive this object."""
         return MatrixC(
             self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._bits,
-            self._group, _pointer(self._codebook), _pointer(self._order),
+            self._group, None, pointer(self._codebook), pointer(self._order),
         )  # fmt: skip
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         self._library.mr_quantized_linear(
-            x.data_ptr(), self._packed.data_ptr(), _pointer(self._codebook), _pointer(self._order),
+            x.data_ptr(), self._packed.data_ptr(), pointer(self._codebook), pointer(self._order),
             self._bias.data_ptr(), y.data_ptr(), x.shape[0], self.out_features, self.in_features, self._group,
             self._bits, torch.get_num_threads(),
         )  # fmt: skip
@@ -59,7 +52,7 @@ class CpuQuantized(PackedLinear):
         tokens = tokens.contiguous()
         y = torch.empty(tokens.shape[0], self.in_features)
         bad = self._library.mr_quantized_rows(
-            self._packed.data_ptr(), _pointer(self._codebook), _pointer(self._order), tokens.data_ptr(), y.data_ptr(),
+            self._packed.data_ptr(), pointer(self._codebook), pointer(self._order), tokens.data_ptr(), y.data_ptr(),
             tokens.shape[0], self.out_features, self.in_features, self._group, self._bits,
         )  # fmt: skip
         if bad:

@@ -77,8 +77,7 @@ def _decode_variant(dtype: str, kv: str, head_dim: int, rows: int) -> Variant:
     budget = {2: 255, 3: 168, 4: 128}[ctas]
     defines = {"MR_T": dtype, "MR_KV": kv, "MR_HEAD_DIM": head_dim, "MR_ROWS": rows, "MR_SHARED_BYTES": shared}
     kernel = Kernel("attention_decode.cu", "mr_attention_decode", macros(defines), budget)
-    by_registers, by_shared = 65536 // (budget + 1) // (32 * warps), 227 * 1024 // (shared + 1024)
-    return Variant(kernel, 32 * warps, shared, min(by_registers, by_shared))
+    return Variant(kernel, 32 * warps, shared)
 
 
 _PLAN = Kernel("attention_plan.cu", "mr_plan_decode", (), 48)
@@ -148,7 +147,7 @@ def _variant_of(shape: DecodeShape) -> Variant:
     return _decode_variant(*names, shape.head_dim, 8 if rows <= 8 else 16)
 
 
-def _items(shape: DecodeShape, sm_count: int) -> tuple[int, int]:
+def _items(shape: DecodeShape, launcher: Launcher) -> tuple[int, int]:
     """Target and capacity of the work table."""
     op = "decode_workspace"
     check_heads(op, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.num_queries)
@@ -159,24 +158,24 @@ def _items(shape: DecodeShape, sm_count: int) -> tuple[int, int]:
     for window in shape.windows:
         check_window(op, window)
     pages = -(-shape.max_context_len // BLOCK_SIZE)
-    target = max(1, _variant_of(shape).ctas_per_sm * sm_count // shape.num_kv_heads)
+    target = max(1, _variant_of(shape).ctas_per_sm(launcher) * launcher.sm_count // shape.num_kv_heads)
     if shape.batch_invariant:
         return target, shape.max_seqs * min(INVARIANT_MAX_SPLITS, -(-pages // INVARIANT_SPLIT_PAGES))
     # A sequence of p pages gets ceil(p / split) splits, and the split is chosen so that sum(p / split) <= target.
     return target, min(shape.max_seqs + target, shape.max_seqs * min(MAX_SPLITS, -(-pages // MIN_SPLIT_PAGES)))
 
 
-def decode_workspace_bytes(shape: DecodeShape, sm_count: int) -> int:
+def decode_workspace_bytes(shape: DecodeShape, launcher: Launcher) -> int:
     """Device memory of a workspace, for the memory plan."""
-    _, capacity = _items(shape, sm_count)
+    _, capacity = _items(shape, launcher)
     tables = len(set(shape.windows)) * (1 + capacity) * 16
     partial = capacity * shape.num_heads * shape.num_queries * (shape.head_dim + 1) * 4
     return tables + partial + shape.max_seqs * shape.num_kv_heads * 4
 
 
-def decode_workspace(shape: DecodeShape, sm_count: int, device: torch.device | str) -> DecodeWorkspace:
+def decode_workspace(shape: DecodeShape, launcher: Launcher, device: torch.device | str) -> DecodeWorkspace:
     """Allocates the memory of decode attention (`decode_workspace_bytes`), whatever the batch up to max_seqs."""
-    target, capacity = _items(shape, sm_count)
+    target, capacity = _items(shape, launcher)
     rows = shape.num_heads // shape.num_kv_heads * shape.num_queries
     partial_shape = (capacity, shape.num_kv_heads, rows)
     tables = {w: torch.zeros(1 + capacity, 4, dtype=torch.int32, device=device) for w in shape.windows}

@@ -12,7 +12,7 @@ from millrace.kernels.arguments import BLOCK_SIZE, describe
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 MAX_QUERY_ROWS = 16  # num_queries * group of decode; group of prefill
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 KV_TYPES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
@@ -56,7 +56,12 @@ class Variant(NamedTuple):
     kernel: Kernel
     threads: int
     shared_bytes: int
-    ctas_per_sm: int  # on an SM with 227 KB of shared memory
+
+    def ctas_per_sm(self, launcher: Launcher) -> int:
+        """Thread blocks that an SM holds at once. Registers are dealt out to warps by eight for each thread, shared
+        memory with 1 KiB more for each block (CUDA C++ Programming Guide, "Compute Capabilities")."""
+        by_registers = 65536 // (-(-self.kernel.max_registers // 8) * 8 * self.threads)
+        return max(1, min(by_registers, launcher.shared_bytes_per_sm // (self.shared_bytes + 1024)))
 
 
 def padded_row(num_bytes: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from millrace.kernels.arguments import BLOCK_SIZE
 from millrace.kernels.cuda_attention_common import (
@@ -46,7 +45,7 @@ def _variant(dtype: str, kv: str, head_dim: int, warps: int) -> Variant:
     shared = queries + 2 * stage + (2 * tokens * stride if quantised else 0)
     defines = {"MR_T": dtype, "MR_KV": kv, "MR_HEAD_DIM": head_dim, "MR_WARPS": warps, "MR_SHARED_BYTES": shared}
     kernel = Kernel("attention_prefill.cu", "mr_attention_prefill", macros(defines), 255)
-    return Variant(kernel, 32 * warps, shared, 8 // warps)
+    return Variant(kernel, 32 * warps, shared)
 
 
 def prefill_variants(dtype: str, kv: str, head_dim: int) -> Iterator[Variant]:
@@ -239,6 +238,9 @@ def _gather_attention(
                 bias = (-options.alibi_slopes[:, None, None] * behind).masked_fill(~mask, -math.inf)
                 mask = bias.to(q.dtype)[None]
         elif query_len != context_len:
+            # Only here: the import brings torch._dynamo, which takes seconds.
+            from torch.nn.attention.bias import causal_lower_right
+
             mask = causal_lower_right(query_len, context_len)
         attended = torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=options.scale, enable_gqa=True

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_sampling
+from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling
 from millrace.kernels.arguments import (
     BLOCK_SIZE,
     ActivationArgs,
@@ -21,36 +21,16 @@ from millrace.kernels.arguments import (
     NormArgs,
     PackArgs,
     PackedLinear,
+    QuantizedArgs,
     Refusal,
     RopeKvArgs,
 )
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
+from millrace.kernels.cuda_linear import CudaLinear, CudaQuantized, QuantizedProducts
 
 _TYPES = tuple(cuda_elementwise.MODEL_DTYPES)
 _VECTOR = cuda_elementwise.VECTOR
-
-
-class CudaLinear(PackedLinear):
-    """Keeps the weight [out, in] as it is; cuBLAS multiplies, and adds the bias in its epilogue."""
-
-    def __init__(self, backend: "CudaBackend", weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight.contiguous()
-        self.bias = None if bias is None else bias.to(weight.dtype)
-        self.out_features, self.in_features = weight.shape
-        self.dtype = self.activation = weight.dtype
-        self.weight_bytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-        self._backend = backend
-
-    def apply(self, x: Tensor, y: Tensor) -> None:
-        if self.bias is None:
-            torch.mm(x, self.weight.t(), out=y)
-        else:
-            torch.addmm(self.bias, x, self.weight.t(), out=y)
-
-    def row_lookup(self, tokens: Tensor) -> Tensor:
-        found = self._backend.embedding(EmbeddingArgs(tokens, self.weight, self.dtype))
-        return self.weight.index_select(0, tokens) if isinstance(found, Refusal) else found
 
 
 class CudaBackend(Backend):
@@ -76,11 +56,29 @@ class CudaBackend(Backend):
         self._max_seqs = max_seqs
         self._batch_invariant = batch_invariant
         self._workspaces: dict[Hashable, cuda_attention.DecodeWorkspace] = {}
+        self._products = QuantizedProducts(launcher, current_stream)
 
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         if args.weight.dtype != args.activation or args.activation not in _TYPES:
             return Refusal(f"it has no product of {args.activation} by {args.weight.dtype}")
-        return self._elsewhere(args.weight) or CudaLinear(self, args.weight, args.bias)
+        return self._elsewhere(args.weight) or CudaLinear(args.weight, args.bias, self._row_lookup)
+
+    def _row_lookup(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        found = self.embedding(EmbeddingArgs(tokens, weight, weight.dtype))
+        return weight.index_select(0, tokens) if isinstance(found, Refusal) else found
+
+    def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
+        reason = cuda_gemv.lacks(args.weight, args.activation)
+        if reason:
+            return Refusal(reason)
+        return self._elsewhere(args.weight.q) or CudaQuantized(
+            self._products, cuda_gemv.pack(args.weight, args.bias, args.activation)
+        )
+
+    @property
+    def quantized_kernels(self) -> frozenset[Kernel]:
+        """What the quantised matrices that were packed so far launch: to be loaded at start, with `model_kernels`."""
+        return frozenset(self._products.kernels)
 
     def embedding(self, args: EmbeddingArgs) -> Tensor | Refusal:
         refusal = self._unserved(args.weight, args.weight.shape[1])
@@ -164,13 +162,8 @@ class CudaBackend(Backend):
         q, batch = args.q, args.batch
         num_heads, head_dim = q.shape[1:]
         group = num_heads // args.k_cache.shape[1]
-        if head_dim not in cuda_attention.HEAD_DIMS or group > cuda_attention.MAX_QUERY_ROWS:
-            dims = ", ".join(map(str, cuda_attention.HEAD_DIMS))
-            return Refusal(
-                f"head_dim {head_dim} is none of {dims}, or {group} query heads per kv head are over"
-                f" {cuda_attention.MAX_QUERY_ROWS}"
-            )
-        refusal = self._unserved(q, head_dim)
+        lacking = attention_lacks(head_dim, group)
+        refusal = Refusal(lacking) if lacking else self._unserved(q, head_dim)
         if refusal is not None:
             return refusal
         if not batch.num_tokens:
@@ -205,7 +198,7 @@ class CudaBackend(Backend):
         )
         if shape not in self._workspaces:
             device = args.q.device
-            self._workspaces[shape] = cuda_attention.decode_workspace(shape, self._launcher.sm_count, device)
+            self._workspaces[shape] = cuda_attention.decode_workspace(shape, self._launcher, device)
         workspace = self._workspaces[shape]
         cuda_attention.plan_decode(self._launcher, batch.context_lens, workspace, stream=self._stream())
         return workspace
@@ -260,6 +253,15 @@ class CudaBackend(Backend):
         if width > cuda_elementwise.MAX_NORM_WIDTH:
             return Refusal(f"a width of {width} is over {cuda_elementwise.MAX_NORM_WIDTH}")
         return self._unserved(args.x, width)
+
+
+def attention_lacks(head_dim: int, group: int) -> str:
+    """Why the attention kernels have no heads of this size, or not as many per kv head; empty if they have."""
+    if head_dim not in cuda_attention.HEAD_DIMS:
+        return f"the kernels have head sizes of {', '.join(map(str, cuda_attention.HEAD_DIMS))}, and not {head_dim}"
+    if group > cuda_attention.MAX_QUERY_ROWS:
+        return f"the kernels have up to {cuda_attention.MAX_QUERY_ROWS} query heads for a kv head, and not {group}"
+    return ""
 
 
 def model_kernels(dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None = None) -> Iterator[Kernel]:

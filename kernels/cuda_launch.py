@@ -9,7 +9,7 @@ import numpy as np
 from millrace.kernels.cpu_build import BuildError
 from millrace.kernels.cuda_compile import Built, CudaCompiler, Kernel, Module, build_all
 
-DEFAULT_SHARED_BYTES = 48 * 1024  # of dynamic shared memory; a kernel that takes more has to say so beforehand
+DEFAULT_SHARED_BYTES = 48 * 1024  # static and dynamic; a kernel that takes more has to say so beforehand
 
 
 def pack_params(layout: np.dtype[np.void], values: Sequence[int | float]) -> np.void:
@@ -24,10 +24,12 @@ class Launcher(Protocol):
     Attributes:
         device_type: of the tensors that kernels may be given: "cuda", or "cpu" for the shim of the tests.
         sm_count: streaming multiprocessors, for fronts that choose a grid by it.
+        shared_bytes_per_sm: shared memory of one of them, for the thread blocks on it together.
     """
 
     device_type: str
     sm_count: int
+    shared_bytes_per_sm: int
 
     def launch(
         self,
@@ -67,12 +69,12 @@ class _Loaded:
         function: CuPy's, which keeps its module loaded.
         record: untyped bytes of the size of the kernel's struct: CuPy asks numpy for a description of each argument,
             which takes ten times as long for a struct with named fields.
-        shared_limit: dynamic shared memory that the driver was told of.
+        shared_limit: dynamic shared memory that it may be launched with.
     """
 
     function: Any
     record: np.dtype[np.void]
-    shared_limit: int = DEFAULT_SHARED_BYTES
+    shared_limit: int
 
 
 class CupyLauncher:
@@ -103,6 +105,7 @@ class CupyLauncher:
         self.device = device
         self.arch = f"sm_{properties.compute_capability}"
         self.sm_count = int(properties.attributes["MultiProcessorCount"])
+        self.shared_bytes_per_sm = int(properties.attributes["MaxSharedMemoryPerMultiprocessor"])
         self.compiler = compiler or CudaCompiler()
         self._driver = driver
         self._module_type = function.Module
@@ -155,6 +158,8 @@ class CupyLauncher:
         module, compiled = self._modules[key]
         if kernel.name not in compiled.resources:
             raise BuildError(f"{kernel}: {kernel.source} has no such kernel; it has {', '.join(compiled.resources)}")
-        record = np.dtype(f"V{compiled.resources[kernel.name].params_bytes}")
-        loaded = self._loaded[kernel] = _Loaded(module.get_function(kernel.name), record)
+        resources = compiled.resources[kernel.name]
+        record = np.dtype(f"V{resources.params_bytes}")
+        limit = DEFAULT_SHARED_BYTES - resources.shared_bytes
+        loaded = self._loaded[kernel] = _Loaded(module.get_function(kernel.name), record, limit)
         return loaded

@@ -22,6 +22,7 @@ from millrace.kernels.arguments import (
     DecoderArgs,
     DecoderLayerArgs,
     EmbeddingArgs,
+    Float8Args,
     NormArgs,
     NormWeights,
     PackArgs,
@@ -35,7 +36,7 @@ from millrace.kernels.arguments import (
     describe,
 )
 from millrace.kernels.dispatch import Backends, UnservedError, default_backends, prepare, serve
-from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
+from millrace.kernels.quantized import CODEBOOK_SIZE, Float8Weight, QuantizedWeight
 
 __all__ = [
     "BLOCK_SIZE",
@@ -43,6 +44,7 @@ __all__ = [
     "Backends",
     "DecoderArgs",
     "DecoderLayerArgs",
+    "Float8Weight",
     "NormWeights",
     "PackedDecoder",
     "PackedLinear",
@@ -57,6 +59,7 @@ __all__ = [
     "gelu_tanh",
     "layer_norm",
     "pack_decoder",
+    "pack_float8",
     "pack_linear",
     "pack_quantized",
     "paged_attention",
@@ -151,6 +154,30 @@ def pack_quantized(
     if bias is not None:
         _check(op, "bias", bias, (q.shape[0],), _WEIGHT)
     packed: PackedLinear = serve(op, QuantizedArgs(weight, bias, activation), backends)
+    return packed
+
+
+def pack_float8(
+    weight: Float8Weight,
+    bias: Tensor | None = None,
+    *,
+    activation: torch.dtype = torch.float32,
+    backends: Backends = None,
+) -> PackedLinear:
+    """As `pack_linear`, for a matrix of float8_e4m3fn with scales. Activations stay as they are."""
+    op, codes = "pack_float8", weight.codes
+    _check(op, "codes", codes, ("out", "in"), (torch.float8_e4m3fn,))
+    if 0 in codes.shape:
+        raise _refuse(op, "codes", codes, "of at least one row and one column")
+    _check(op, "scales", weight.scales, (codes.shape[0], "groups"), _FLOAT)
+    if weight.group_size < 1 or weight.scales.shape[1] != -(-codes.shape[1] // weight.group_size):
+        wanted = f"of one column for each {weight.group_size} of {codes.shape[1]} inputs"
+        raise _refuse(op, "scales", weight.scales, wanted)
+    if bool((codes.view(torch.uint8) & 127 == 127).any()):
+        raise ValueError(f"{op}: codes hold NaN")
+    if bias is not None:
+        _check(op, "bias", bias, (codes.shape[0],), _WEIGHT)
+    packed: PackedLinear = serve(op, Float8Args(weight, bias, activation), backends)
     return packed
 
 
@@ -254,6 +281,13 @@ def _check_rotary_dim(op: str, cos_sin: Tensor, head_dim: int) -> None:
         raise _refuse(op, "cos_sin", cos_sin, f"of an even rotary_dim up to head_dim {head_dim}")
 
 
+def _kv_dtypes(activation: torch.dtype, kv_scales: Tensor | None) -> tuple[torch.dtype, ...]:
+    """What a pool may be of: the activations' dtype, bfloat16 beside float32, or 8 bits with scales."""
+    if kv_scales is not None:
+        return _KV_8_BIT
+    return (torch.float32, torch.bfloat16) if activation == torch.float32 else (activation,)
+
+
 def _check_cache(
     op: str,
     k_cache: Tensor,
@@ -263,26 +297,34 @@ def _check_cache(
     dtype: torch.dtype,
     kv_scales: Tensor | None = None,
 ) -> None:
-    """The pool of one layer: of the activations' dtype, or of 8 bits with scales."""
-    dtypes = (dtype,) if kv_scales is None else _KV_8_BIT
-    _check(op, "k_cache", k_cache, ("num_blocks", num_kv_heads, BLOCK_SIZE, head_dim), dtypes)
+    """The pool of one layer."""
+    shape = ("num_blocks", num_kv_heads, BLOCK_SIZE, head_dim)
+    _check(op, "k_cache", k_cache, shape, _kv_dtypes(dtype, kv_scales))
     _check(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,))
     if kv_scales is not None:
         _check(op, "kv_scales", kv_scales, (2, *k_cache.shape[:3]), _FLOAT)
 
 
 def write_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, *, backends: Backends = None
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_scales: Tensor | None = None,
+    backends: Backends = None,
 ) -> None:
     """Puts keys and values [num_tokens, num_kv_heads, head_dim] into the slots of the pool of one layer.
 
-    slot_mapping [num_tokens] int64 is block * BLOCK_SIZE + offset; no slot may occur twice.
+    slot_mapping [num_tokens] int64 is block * BLOCK_SIZE + offset; no slot may occur twice. kv_scales, as for rope_kv,
+    is written along with a pool of 8 bits.
     """
     _check("write_kv", "k", k, ("num_tokens", "num_kv_heads", "head_dim"), _ACTIVATION)
     _check("write_kv", "v", v, tuple(k.shape), (k.dtype,))
-    _check_cache("write_kv", k_cache, v_cache, k.shape[1], k.shape[2], k.dtype)
+    _check_cache("write_kv", k_cache, v_cache, k.shape[1], k.shape[2], k.dtype, kv_scales)
     _check("write_kv", "slot_mapping", slot_mapping, (k.shape[0],), _LONG)
-    serve("write_kv", WriteKvArgs(k, v, k_cache, v_cache, slot_mapping), backends)
+    serve("write_kv", WriteKvArgs(k, v, k_cache, v_cache, slot_mapping, kv_scales), backends)
 
 
 def rope_kv(
@@ -312,14 +354,14 @@ def rope_kv(
         cos_sin: [max_positions, rotary_dim] float32; None turns nothing.
         q_norm, k_norm: [head_dim], scales of an RMS norm over each head before the rotation; both or neither.
         kv_scales: [2, num_blocks, num_kv_heads, BLOCK_SIZE] float32 for a pool of float8_e4m3fn or int8: element times
-            scale is the value. Such a pool is written by a backend in one piece or not at all.
+            scale is the value, and the largest magnitude of a head is 448 or 127 times its scale.
 
     Returns:
         Queries [num_tokens, num_heads, head_dim]; they may be a view into `qkv`.
     """
     op = "rope_kv"
-    kv_dtypes = (qkv.dtype,) if kv_scales is None else _KV_8_BIT
-    _check(op, "kv_cache", kv_cache, (2, "num_blocks", "num_kv_heads", BLOCK_SIZE, "head_dim"), kv_dtypes)
+    kv_shape = (2, "num_blocks", "num_kv_heads", BLOCK_SIZE, "head_dim")
+    _check(op, "kv_cache", kv_cache, kv_shape, _kv_dtypes(qkv.dtype, kv_scales))
     if kv_scales is not None:
         _check(op, "kv_scales", kv_scales, tuple(kv_cache.shape[:-1]), _FLOAT)
     kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
@@ -335,9 +377,6 @@ def rope_kv(
         if norm is not None:
             _check(op, name, norm, (head_dim,), _WEIGHT)
     args = RopeKvArgs(qkv, num_heads, kv_cache, positions, slot_mapping, cos_sin, q_norm, k_norm, eps, kv_scales)
-    if kv_scales is not None:
-        served: Tensor = serve(op, args, backends)
-        return served
     for backend in default_backends() if backends is None else backends:
         y = backend.rope_kv(args)
         if not isinstance(y, Refusal):
@@ -350,7 +389,7 @@ def rope_kv(
         k = rms_norm(k, k_norm, eps, backends=backends)
     if cos_sin is not None:
         rope_(q, k, cos_sin, positions, backends=backends)
-    write_kv(k, v, kv_cache[0], kv_cache[1], slot_mapping, backends=backends)
+    write_kv(k, v, kv_cache[0], kv_cache[1], slot_mapping, kv_scales=kv_scales, backends=backends)
     return q
 
 

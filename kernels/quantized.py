@@ -27,6 +27,10 @@ class QuantizedWeight(NamedTuple):
     def group_size(self) -> int:
         return self.q.shape[1] // self.scales.shape[1]
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        tensors = (None if tensor is None else tensor.to(device) for tensor in (self.codebook, self.order))
+        return QuantizedWeight(self.q.to(device), self.scales.to(device), self.zeros.to(device), self.bits, *tensors)
+
     def widen(self) -> Tensor:
         """The matrix in float32, its columns in the order of the inputs."""
         values = self.q.float() if self.codebook is None else self.codebook.float()[self.q.int()]
@@ -39,8 +43,43 @@ class QuantizedWeight(NamedTuple):
         return ordered
 
 
-def stack_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-    """One matrix with the outputs of all; None where bits, groups, codebooks or orders differ."""
+class Float8Weight(NamedTuple):
+    """A matrix [out, in] of scale * code, with one scale for each group of columns; the last may be short."""
+
+    codes: Tensor  # [out, in] float8_e4m3fn
+    scales: Tensor  # [out, ceil(in / group_size)] float32
+    group_size: int
+
+    def to(self, device: torch.device) -> "Float8Weight":
+        return Float8Weight(self.codes.to(device), self.scales.to(device), self.group_size)
+
+    def widen(self) -> Tensor:
+        """The matrix in float32."""
+        return self.codes.float() * self.scales.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
+
+
+StoredMatrix = Tensor | QuantizedWeight | Float8Weight
+
+
+def stack_rows(parts: Sequence[StoredMatrix]) -> QuantizedWeight | Float8Weight | None:
+    """One matrix with the outputs of all; None where they are of several kinds, or of the plain one."""
+    eights = [part for part in parts if isinstance(part, Float8Weight)]
+    if len(eights) == len(parts):
+        return _stack_eights(eights)
+    integers = [part for part in parts if isinstance(part, QuantizedWeight)]
+    return _stack_integers(integers) if len(integers) == len(parts) else None
+
+
+def _stack_eights(parts: Sequence[Float8Weight]) -> Float8Weight | None:
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.group_size for part in parts}) > 1:
+        return None
+    codes = torch.cat([part.codes for part in parts])
+    return Float8Weight(codes, torch.cat([part.scales for part in parts]), parts[0].group_size)
+
+
+def _stack_integers(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     first = parts[0]
     for part in parts[1:]:
         if (part.bits, part.group_size) != (first.bits, first.group_size):

@@ -1,5 +1,7 @@
 """The ops in plain torch: works wherever torch does, needs no compiler, and serves what faster backends refuse."""
 
+import abc
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from millrace.kernels.arguments import (
     Backend,
     CopyBlocksArgs,
     EmbeddingArgs,
+    Float8Args,
     NormArgs,
     PackArgs,
     PackedLinear,
@@ -20,7 +23,7 @@ from millrace.kernels.arguments import (
     RopeArgs,
     WriteKvArgs,
 )
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 _WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which stays in the last-level cache
 
@@ -51,28 +54,20 @@ class TorchLinear(PackedLinear):
         return self.weight.index_select(0, tokens).to(self.activation)
 
 
-class TorchQuantized(PackedLinear):
-    """Keeps the integers, 4-bit ones two to a byte, and widens them slice by slice at each call."""
+class _TorchWidened(PackedLinear):
+    """Widens rows of its matrix at each call, slice by slice."""
 
-    dtype = torch.uint8
-
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: torch.dtype) -> None:
-        q = weight.q
+    def __init__(self, shape: torch.Size, bias: Tensor | None, activation: torch.dtype) -> None:
         self.activation = activation
-        self.out_features, self.in_features = q.shape
-        self._is_paired = weight.bits == 4 and self.in_features % 2 == 0
-        self._weight = weight._replace(q=q[:, 0::2] | q[:, 1::2] << 4) if self._is_paired else weight
+        self.out_features, self.in_features = shape
         self._bias = None if bias is None else bias.to(activation)
-        kept = (*self._weight[:3], weight.codebook, weight.order, self._bias)
-        self.weight_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
 
+    @abc.abstractmethod
     def _widened(self, rows: slice | Tensor) -> Tensor:
         """[rows, in_features] of the activations' type."""
-        kept = self._weight
-        q = kept.q[rows]
-        if self._is_paired:
-            q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
-        return kept._replace(q=q, scales=kept.scales[rows], zeros=kept.zeros[rows]).widen().to(self.activation)
+
+    def _count(self, *kept: Tensor | None) -> None:
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*kept, self._bias) if tensor is not None)
 
     def apply(self, x: Tensor, y: Tensor) -> None:
         rows = max(1, _WIDEN_ELEMENTS // self.in_features)
@@ -86,11 +81,48 @@ class TorchQuantized(PackedLinear):
         return self._widened(tokens)
 
 
+class TorchQuantized(_TorchWidened):
+    """Keeps the integers, 4-bit ones two to a byte."""
+
+    dtype = torch.uint8
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: torch.dtype) -> None:
+        q = weight.q
+        super().__init__(q.shape, bias, activation)
+        self._is_paired = weight.bits == 4 and self.in_features % 2 == 0
+        self._weight = weight._replace(q=q[:, 0::2] | q[:, 1::2] << 4) if self._is_paired else weight
+        self._count(*self._weight[:3], weight.codebook, weight.order)
+
+    def _widened(self, rows: slice | Tensor) -> Tensor:
+        kept = self._weight
+        q = kept.q[rows]
+        if self._is_paired:
+            q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
+        return kept._replace(q=q, scales=kept.scales[rows], zeros=kept.zeros[rows]).widen().to(self.activation)
+
+
+class TorchFloat8(_TorchWidened):
+    dtype = torch.float8_e4m3fn
+
+    def __init__(self, weight: Float8Weight, bias: Tensor | None, activation: torch.dtype) -> None:
+        super().__init__(weight.codes.shape, bias, activation)
+        self._weight = weight
+        self._count(weight.codes, weight.scales)
+
+    def _widened(self, rows: slice | Tensor) -> Tensor:
+        # Torch cannot index float8 by a tensor, but bytes it can.
+        codes = self._weight.codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+        return self._weight._replace(codes=codes, scales=self._weight.scales[rows]).widen().to(self.activation)
+
+
 class TorchBackend(Backend):
     name = "torch"
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear:
         return TorchQuantized(args.weight, args.bias, args.activation)
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear:
+        return TorchFloat8(args.weight, args.bias, args.activation)
 
     def pack_linear(self, args: PackArgs) -> PackedLinear:
         return TorchLinear(args.weight, args.bias, args.activation)
@@ -127,27 +159,51 @@ class TorchBackend(Backend):
 
     def write_kv(self, args: WriteKvArgs) -> None:
         block, offset = args.slot_mapping // BLOCK_SIZE, args.slot_mapping % BLOCK_SIZE
-        args.k_cache[block, :, offset] = args.k
-        args.v_cache[block, :, offset] = args.v
+        for half, (x, cache) in enumerate(((args.k, args.k_cache), (args.v, args.v_cache))):
+            if args.kv_scales is None:
+                cache[block, :, offset] = x.to(cache.dtype)
+                continue
+            elements, scales = _to_8_bits(x.float(), cache.dtype)
+            cache.view(torch.uint8)[block, :, offset] = elements.view(torch.uint8)
+            args.kv_scales[half][block, :, offset] = scales
 
     def paged_attention(self, args: AttentionArgs) -> Tensor | Refusal:
-        if args.kv_scales is not None:
-            return Refusal(f"it reads no pool of {args.k_cache.dtype}")
         if args.batch.num_tokens == 0:
             return torch.empty_like(args.q)
         if args.batch.max_query_len == 1 and args.batch.num_tokens == args.batch.num_seqs:
             return _decode_attention(args)
         return _ragged_attention(args)
 
-    def copy_blocks(self, args: CopyBlocksArgs) -> Refusal | None:
-        if args.kv_scales is not None:
-            return Refusal(f"it copies no pool of {args.kv_storage.dtype}")
-        args.kv_storage[:, :, args.target] = args.kv_storage[:, :, args.source]
-        return None
+    def copy_blocks(self, args: CopyBlocksArgs) -> None:
+        pool = args.kv_storage
+        for part in (pool,) if args.kv_scales is None else (pool.view(torch.uint8), args.kv_scales):
+            part[:, :, args.target] = part[:, :, args.source]
 
 
 def _add_residual(args: NormArgs) -> Tensor:
     return args.x if args.residual is None else args.residual.add_(args.x)
+
+
+def _to_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Heads [..., head_dim] float32 as elements of int8 or float8_e4m3fn, and their scales [...].
+
+    The scale takes the largest magnitude to the largest element. A NaN or an infinity makes it a NaN, and so the head.
+    """
+    limit = 127.0 if dtype == torch.int8 else 448.0
+    largest = x.abs().amax(-1)
+    inverse = torch.where(largest > 1e-30, limit / largest, 0.0)  # below, all is 0: no infinite factor
+    scaled = (x * inverse[..., None]).nan_to_num(0.0)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), largest / limit + largest * 0.0
+
+
+def _gather(args: AttentionArgs, half: int, blocks: Tensor) -> Tensor:
+    """Blocks of keys (half 0) or values (1), [*blocks.shape, num_kv_heads, BLOCK_SIZE, head_dim]; of 8 bits they come
+    as float32, else as they are."""
+    cache = args.v_cache if half else args.k_cache
+    if args.kv_scales is None:
+        return cache[blocks]
+    elements = cache.view(torch.uint8)[blocks].view(cache.dtype)  # torch indexes no float8
+    return elements.float() * args.kv_scales[half][blocks][..., None]
 
 
 class _DecodePlan:
@@ -174,8 +230,8 @@ def _decode_attention(args: AttentionArgs) -> Tensor:
     plan = args.batch.plan(("torch decode", args.window), lambda: _DecodePlan(args.batch, args.window))
     shape = (num_seqs, num_kv_heads, plan.unseen.shape[1], head_dim)
     # Slots that nobody wrote may hold NaN, and 0 * NaN is NaN: values are zeroed, scores are replaced.
-    k = args.k_cache[plan.blocks].transpose(1, 2).reshape(shape).float()
-    v = args.v_cache[plan.blocks].transpose(1, 2).reshape(shape).float()
+    k = _gather(args, 0, plan.blocks).transpose(1, 2).reshape(shape).float()
+    v = _gather(args, 1, plan.blocks).transpose(1, 2).reshape(shape).float()
     v = v.masked_fill_(plan.unseen[:, None, :, None], 0.0)
     q = (args.q.float() * args.scale).view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = (q @ k.transpose(2, 3)).masked_fill_(plan.unseen[:, None, None, :], -torch.inf)
@@ -201,8 +257,10 @@ def _ragged_attention(args: AttentionArgs) -> Tensor:
         blocks = batch.block_tables[seq, first_block : (context_len + BLOCK_SIZE - 1) // BLOCK_SIZE].long()
         base = first_block * BLOCK_SIZE
         keys = slice(first_key - base, context_len - base)
-        k = args.k_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]
-        v = args.v_cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys]
+        k, v = (
+            _gather(args, half, blocks).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, keys].to(args.q.dtype)
+            for half in (0, 1)
+        )
         query = torch.arange(first_query, context_len, device=k.device)[:, None]
         key = torch.arange(first_key, context_len, device=k.device)[None, :]
         seen = key <= query if args.window is None else (key <= query) & (key > query - args.window)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from millrace.runtime.config import Config, load_config
     from millrace.runtime.errors import MillraceError
     from millrace.runtime.handle import RequestHandle
+    from millrace.runtime.quant.quantize import quantize_awq, quantize_fp8, quantize_gptq, quantize_int4, quantize_int8
     from millrace.runtime.types import (
         ChatMessage,
         ChatPrompt,
@@ -35,6 +36,11 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "load_config",
+    "quantize_awq",
+    "quantize_fp8",
+    "quantize_gptq",
+    "quantize_int4",
+    "quantize_int8",
 ]
 
 _HOME = {
@@ -43,6 +49,9 @@ _HOME = {
     "RequestHandle": "handle",
     "Runtime": "app",
     "load_config": "config",
+    **dict.fromkeys(
+        ("quantize_awq", "quantize_fp8", "quantize_gptq", "quantize_int4", "quantize_int8"), "quant.quantize"
+    ),
 }
 
 

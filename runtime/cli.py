@@ -1,5 +1,5 @@
-"""The `millrace` command: serve, chat, generate, inspect; every option of config.toml is a flag of each. And what can
-be done beforehand: prepare (CPU kernels), kernels build (CUDA kernels)."""
+"""The `millrace` command: serve, chat, generate, inspect, eval; every option of config.toml is a flag of each. And what
+can be done beforehand: prepare (CPU kernels), kernels build (CUDA kernels), quantize (a checkpoint)."""
 
 import argparse
 import asyncio
@@ -19,6 +19,7 @@ from millrace.kernels.cpu_build import BuildError
 from millrace.kernels.cuda_catalog import all_kernels
 from millrace.kernels.cuda_compile import ARCHS, Built, CudaCompiler, build_all
 from millrace.runtime.app import Runtime
+from millrace.runtime.cli_quant import add_eval, add_quantize
 from millrace.runtime.config import Config, load_config, options
 from millrace.runtime.errors import MillraceError
 from millrace.runtime.types import ChatMessage, SamplingParams
@@ -42,16 +43,17 @@ _err = Console(stderr=True, highlight=False)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args = _parser().parse_args(arguments)
-    if args.command is None:
-        beforehand: Callable[[argparse.Namespace], int] = args.beforehand
-        return beforehand(args)
     try:
+        if args.command is None:
+            beforehand: Callable[[argparse.Namespace], int] = args.beforehand
+            return beforehand(args)
         overrides = {key: value for key, value in vars(args).items() if "." in key and value is not None}
         if args.model is not None:
             overrides["model.path"] = args.model
         config = load_config(args.config, overrides)
-        command: Callable[[argparse.Namespace, Config], Coroutine[Any, Any, int]] = args.command
-        return uvloop.run(command(args, config))
+        command: Callable[[argparse.Namespace, Config], Coroutine[Any, Any, int] | int] = args.command
+        result = command(args, config)
+        return result if isinstance(result, int) else uvloop.run(result)
     except MillraceError as error:
         _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
@@ -95,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "build the CPU kernels now instead of at the first start"
     commands.add_parser("prepare", help=text, description=text).set_defaults(command=None, beforehand=_prepare)
     _add_kernels(commands)
+    add_quantize(commands)
+    add_eval(commands, _add_options)
     return parser
 
 

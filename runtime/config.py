@@ -28,11 +28,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     quantize: Annotated[
-        Literal["none", "int8", "int4"],
-        Meta(description="round weights as they are loaded, on the CPU: none, int8 (per output) or int4 (in groups)"),
+        Literal["none", "int8", "int4", "nf4", "fp8"],
+        Meta(description="round weights as they are loaded: none, int8 or fp8 (per output), int4 or nf4 (in groups)"),
     ] = "none"
     quantize_group_size: Annotated[
-        int, Meta(ge=16, le=4096, description="inputs that share a scale with int4; smaller is larger and truer")
+        int,
+        Meta(ge=16, le=4096, description="inputs that share a scale with int4 and nf4; smaller is larger and truer"),
     ] = 64
     random_weights: Annotated[
         str, Meta(description="run a named shape with random weights instead of a checkpoint, for measuring")
@@ -68,8 +69,8 @@ class KVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = 0
     dtype: Annotated[
-        Literal["auto", "fp8", "int8"],
-        Meta(description="of keys and values: auto, fp8 or int8; auto is the model's, 8 bits are for GPUs"),
+        Literal["auto", "bfloat16", "fp8", "int8"],
+        Meta(description="of keys and values: auto (the model's), bfloat16 (CPU), fp8 or int8; 8 bits have scales"),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="reuse the blocks of prompts with the same beginning")] = True
 

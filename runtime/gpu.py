@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from millrace.kernels.cpu_build import BuildError
-from millrace.kernels.cuda_attention import HEAD_DIMS
-from millrace.kernels.cuda_backend import CudaBackend, model_kernels
+from millrace.kernels.cuda_backend import CudaBackend, attention_lacks, model_kernels
+from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import CupyLauncher, Launcher
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime.config import Config
@@ -25,6 +25,7 @@ from millrace.runtime.lanes import Lanes
 from millrace.runtime.models.base import Model
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.plan import GpuMemory, MemoryPlan, plan_gpu
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.types import BLOCK_SIZE
 from millrace.runtime.world import World
 
@@ -70,24 +71,19 @@ def _missing(index: int) -> str:
         major, minor = torch.cuda.get_device_capability(index)
         return f"the kernels need compute capability 8.0, and device {index} has {major}.{minor}"
     try:
-        import cupy  # noqa: F401  an optional dependency
+        import cupy  # an optional dependency
     except ImportError:
         return "CuPy is not installed: pip install 'millrace[cuda]'"
+    try:
+        int(cupy.cuda.Device(index).compute_capability)
+    except Exception as error:  # a CuPy for another CUDA, or one that misses its libraries
+        return f"CuPy cannot use device {index} ({type(error).__name__}: {error}): pip install 'millrace[cuda]'"
     return ""
 
 
-def placement(gpu: Gpu, config: Config, dtype: torch.dtype) -> Placement:
-    """Where a model is loaded to: the GPU in 16 bits. Torch serves what the kernels refuse.
-
-    Raises:
-        ConfigError: model.quantize is set, which the CPU alone serves so far.
-    """
-    if config.model.quantize != "none":
-        raise ConfigError(
-            f"model.quantize is {config.model.quantize}, but weights are rounded on the CPU only: set it to none, or"
-            " device.kind to cpu",
-            param="model.quantize",
-        )
+def placement(gpu: Gpu, config: Config, dtype: torch.dtype, quantize: Quantization | None = None) -> Placement:
+    """Where a model is loaded to: the GPU in 16 bits, with matrices that are rounded as they are loaded if `quantize`
+    says so. Torch serves what the kernels refuse."""
     backend = CudaBackend(
         gpu.launcher,
         gpu.driver.current,
@@ -100,6 +96,7 @@ def placement(gpu: Gpu, config: Config, dtype: torch.dtype) -> Placement:
         scales=dtype,
         kv={"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[config.kv.dtype],
         backends=(backend, TorchBackend()),
+        quantize=quantize,
     )
 
 
@@ -116,16 +113,16 @@ async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progre
     Raises ConfigError, with a table and settings that would fit, where there is no room; nothing is left behind then.
     """
     tell = progress or (lambda what, done, total: None)
-    head_dim = model.spec.head_dim
-    if config.kv.dtype != "auto" and head_dim not in HEAD_DIMS:
-        dims = ", ".join(map(str, HEAD_DIMS))
-        message = f"kv.dtype is {config.kv.dtype}, which head sizes of {dims} have; the model's is {head_dim}: use auto"
+    spec = model.spec
+    lacking = attention_lacks(spec.head_dim, spec.num_heads // spec.num_kv_heads)
+    if config.kv.dtype != "auto" and lacking:
+        message = f"kv.dtype is {config.kv.dtype}, which torch's attention does not read, and {lacking}: use auto"
         raise ConfigError(message, param="kv.dtype")
     device = CudaDevice(world, gpu.driver)
     try:
         if isinstance(gpu.launcher, CupyLauncher):
             launcher = gpu.launcher
-            wanted = list(model_kernels(*_dtypes(model)))
+            wanted = wanted_kernels(model)
             # On a lane's thread: modules are loaded into the context that is current there.
             prepare = partial(launcher.prepare, wanted, lambda built: tell("CUDA kernels", built.done, built.total))
             await on_lane(world, device, "prefill", 1, prepare)
@@ -133,18 +130,28 @@ async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progre
         plan = plan_gpu(config, model, memory)
         lanes = await world.to_thread(partial(_lanes, gpu, config, model, plan.num_blocks, plan.max_model_len))
         decode, prefill = _ours(lanes)
-        count = min(config.scheduler.max_prefill_tokens, plan.max_model_len)
-        await on_lane(world, device, "prefill", 1, lambda: prefill.rehearse(count, count))
+        count, rows = min(config.scheduler.max_prefill_tokens, plan.max_model_len), config.scheduler.max_num_seqs
+        await on_lane(world, device, "prefill", 1, lambda: prefill.rehearse(count, count, rows))
         await on_lane(
             world, device, "decode", 0, lambda: decode.warm_up(lambda done, total: tell("CUDA graphs", done, total))
         )
+    except torch.OutOfMemoryError as error:
+        device.close()
+        shortage = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"the GPU's memory ran out behind the cache that was planned ({shortage}): lower device.memory_fraction ="
+            f" {config.device.memory_fraction} or scheduler.max_num_seqs = {config.scheduler.max_num_seqs}, or set"
+            " device.cuda_graphs to false",
+            param="device.memory_fraction",
+        ) from None
     except BuildError as error:
         device.close()
         raise ConfigError(f"the CUDA kernels cannot be built: {error}", param="device.kind") from error
     except BaseException:
         device.close()
         raise
-    notes = (f"decode runs without CUDA graphs: {decode.graphs.refused}",) if decode.graphs.refused else ()
+    reason = f"torch computes the attention, as {lacking}" if lacking else decode.graphs.refused
+    notes = (f"decode runs without CUDA graphs: {reason}",) if reason and config.device.cuda_graphs else ()
     return Started(device, lanes, plan, notes)
 
 
@@ -159,7 +166,7 @@ async def _measure(world: World, device: CudaDevice, gpu: Gpu, config: Config, m
     try:
         lanes = await world.to_thread(partial(_lanes, gpu, config, model, blocks, length))
         decode, prefill = _ours(lanes)
-        rehearse, capture = partial(prefill.rehearse, tokens, length), partial(decode.graphs.capture, most=2)
+        rehearse, capture = partial(prefill.rehearse, tokens, length, rows), partial(decode.graphs.capture, most=2)
         await on_lane(world, device, "prefill", 1, rehearse)
         activations = before.free - driver.memory().free - blocks * model.kv_bytes_per_token * BLOCK_SIZE
         middle = driver.memory().free
@@ -190,6 +197,8 @@ async def _measure(world: World, device: CudaDevice, gpu: Gpu, config: Config, m
 
 
 def _lanes(gpu: Gpu, config: Config, model: Model, num_blocks: int, max_model_len: int) -> Lanes:
+    spec = model.spec
+    lacking = attention_lacks(spec.head_dim, spec.num_heads // spec.num_kv_heads)
     lanes = cuda_lanes(
         gpu.driver,
         gpu.launcher,
@@ -198,7 +207,8 @@ def _lanes(gpu: Gpu, config: Config, model: Model, num_blocks: int, max_model_le
         max_rows=config.scheduler.max_num_seqs,
         max_model_len=max_model_len,
         max_logprobs=config.limits.max_logprobs,
-        use_graphs=config.device.cuda_graphs,
+        # Torch's attention reads lengths back from the device, which no graph can.
+        use_graphs=config.device.cuda_graphs and not lacking,
     )
     gpu.driver.settle()  # weights and lanes were filled on another stream than those that will read them
     return lanes
@@ -211,5 +221,10 @@ def _ours(lanes: Lanes) -> tuple[CudaDecode, CudaPrefill]:
     return decode, prefill
 
 
-def _dtypes(model: Any) -> tuple[torch.dtype, int, torch.dtype]:
-    return model.dtype, model.spec.head_dim, model.kv_dtype
+def wanted_kernels(model: Any) -> list[Kernel]:
+    """What the model's steps may launch."""
+    found = {*model_kernels(model.dtype, model.spec.head_dim, model.kv_dtype)}
+    for backend in model.backends or ():
+        if isinstance(backend, CudaBackend):
+            found |= backend.quantized_kernels
+    return list(found)

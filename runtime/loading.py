@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 
 from millrace.kernels import ops
 from millrace.runtime.config import Config
@@ -20,6 +21,8 @@ from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
 
+_KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -32,8 +35,8 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 def _quantization(config: Config) -> Quantization | None:
-    bits = {"none": 0, "int8": 8, "int4": 4}[config.model.quantize]
-    return Quantization(bits=bits, group_size=config.model.quantize_group_size) if bits else None
+    method = config.model.quantize
+    return None if method == "none" else Quantization(method=method, group_size=config.model.quantize_group_size)
 
 
 def _load_text(path: Path, gguf: GgufCheckpoint | None) -> tuple[Tokenizer, ChatTemplate]:
@@ -46,8 +49,11 @@ def _load_text(path: Path, gguf: GgufCheckpoint | None) -> tuple[Tokenizer, Chat
 
 def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
     """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError."""
-    if config.kv.dtype != "auto" and gpu is None:
-        raise ConfigError(f"kv.dtype is {config.kv.dtype}, but on the CPU it must be auto", param="kv.dtype")
+    if config.kv.dtype == "bfloat16" and gpu is not None:
+        message = (
+            "kv.dtype is bfloat16, but on a GPU it must be auto, which is the type that it computes in, fp8 or int8"
+        )
+        raise ConfigError(message, param="kv.dtype")
     if config.device.compile_kernels and gpu is None:
         # Before weights are packed: it decides how. Some seconds, the first time on a machine.
         if progress is not None:
@@ -62,19 +68,26 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
     length = config.model.max_model_len or None
     report = None if progress is None else (lambda done, total: progress("weights", done, total))
     model: Model
-    dtype, place = config.model.dtype, None
+    dtype, place, rounded = config.model.dtype, None, _quantization(config)
     if gpu is not None:
         path = None if config.model.random_weights else found.path
-        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype))
-    rounded = _quantization(config)
+        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype), rounded)
+    kv = _KV_DTYPES[config.kv.dtype]
     if config.model.random_weights:
         # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
         shape = preset(config.model.random_weights)
         model = random_model(
-            shape, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report
+            shape, dtype=dtype, placement=place, quantize=rounded, kv=kv, max_model_len=length, progress=report
         )
     else:
         model = load_model(
-            found.path, dtype=dtype, placement=place, quantize=rounded, max_model_len=length, progress=report, gguf=gguf
+            found.path,
+            dtype=dtype,
+            placement=place,
+            quantize=rounded,
+            kv=kv,
+            max_model_len=length,
+            progress=report,
+            gguf=gguf,
         )
     return Loaded(name, found.path, model, tokenizer, template)

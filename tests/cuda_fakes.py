@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import torch
 from fakes import LedgerModel
 from torch import Tensor
@@ -223,11 +224,13 @@ class PaddedLedger(LedgerModel):
 
     def __init__(self, max_model_len: int = 512, limit: int = 1 << 30) -> None:
         super().__init__(max_model_len)
+        self.spec = msgspec.structs.replace(self.spec, head_dim=64)  # one that may be captured
         self.limit = self.decode_limit = limit
         self.too_long = 1 << 30
-        self.refused = 0
+        self.refused = self.most_logits = 0
 
     def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+        self.most_logits = max(self.most_logits, len(batch.logits_indices))
         limit = self.decode_limit if batch.is_decode else self.limit
         if len(batch.tokens) > limit or int(batch.context_lens.max()) >= self.too_long:
             self.refused += 1
@@ -263,6 +266,7 @@ class CountingLauncher:
     def __init__(self, launcher: Any, driver: FakeDriver) -> None:
         self.device_type: str = launcher.device_type
         self.sm_count: int = launcher.sm_count
+        self.shared_bytes_per_sm: int = launcher.shared_bytes_per_sm
         self._launcher = launcher
         self._driver = driver
         self.num_launches = 0

@@ -62,7 +62,7 @@ def decode_works(place: Place, pool: cuda_attention.KvPool, load: Load, sets: in
     tables = order.int().view(sets, load.batch, pages)
     lens = torch.full((load.batch,), load.context, dtype=torch.int32, device=device)
     shape = cuda_attention.DecodeShape(load.batch, HEADS, load.kv_heads, HEAD_DIM, pages * BLOCK)
-    workspace = cuda_attention.decode_workspace(shape, place.launcher.sm_count, device)
+    workspace = cuda_attention.decode_workspace(shape, place.launcher, device)
     cuda_attention.plan_decode(place.launcher, lens, workspace, stream=place.stream)  # once a step, not once a layer
     q = torch.randn(load.batch, HEADS, HEAD_DIM, device=device).bfloat16()
     out, options = torch.empty_like(q), cuda_attention.AttentionOptions(HEAD_DIM**-0.5)

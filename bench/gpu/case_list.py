@@ -90,7 +90,7 @@ def decode(place: Place, spec: Spec, lens: Sequence[int], batch_invariant: bool 
     options, there = _options(place, spec)
     q = torch.randn(len(lens) * spec.num_queries, spec.num_heads, spec.head_dim).to(spec.dtype)
     shape = spec.shape(len(lens) + 1, max(*lens, 16), batch_invariant)
-    workspace = cuda_attention.decode_workspace(shape, place.launcher.sm_count, place.device)
+    workspace = cuda_attention.decode_workspace(shape, place.launcher, place.device)
     context_lens, lse = place.put(sequences.context_lens), torch.empty(q.shape[:2], device=place.device)
     inputs = (place.put(q), _pool(place, sequences.pool), place.put(sequences.block_tables), context_lens)
     outs = []
@@ -132,7 +132,7 @@ def invariant(place: Place, spec: Spec) -> Checked:
     sequences = make_sequences(spec, lens)
     q = torch.randn(3, spec.num_heads, spec.head_dim).to(spec.dtype)
     pool, options = _pool(place, sequences.pool), _options(place, spec)[1]
-    workspace = cuda_attention.decode_workspace(spec.shape(8, 1100, True), place.launcher.sm_count, place.device)
+    workspace = cuda_attention.decode_workspace(spec.shape(8, 1100, True), place.launcher, place.device)
 
     def attend(rows: list[int]) -> Tensor:
         context_lens = place.put(sequences.context_lens[rows])
@@ -281,19 +281,19 @@ def copies(place: Place, dtype: torch.dtype) -> Checked:
     return Checked([there.cpu().float()], [wanted.double()], 0.0)
 
 
-def gemv(place: Place, bits: int, group: int, zeros: bool, m: int, dtype: torch.dtype = BF16) -> Checked:
-    n, k = 336, 1096
-    low, high = (0, 16) if bits == 4 else (-128, 128)
-    quantised = torch.randint(low, high, (n, k), dtype=torch.int8)
-    scales = torch.rand(n, -(-k // group)) + 0.5 if group else torch.rand(n) + 0.5
-    zero = torch.randint(0, 16, scales.shape, dtype=torch.int8) if zeros else None
-    x = (torch.randn(m, k) / 16).to(dtype)
-    packed = cuda_gemv.pack(
-        place.put(quantised), place.put(scales), dtype, bits=bits, zeros=None if zero is None else place.put(zero)
-    )
+def gemv(
+    place: Place, bits: int, group: int, zeros: str, m: int, dtype: torch.dtype = BF16, codebook: bool = False
+) -> Checked:
+    """The product, and the weights as rows of `dtype`."""
+    n, k = 336, 1152
+    weight = gemv_reference.random_weight(n, k, bits, group or k, zeros, codebook)
+    x = (torch.randn(m, k) / 64).to(dtype)
+    there = {name: place.put(part) for name, part in weight._asdict().items() if isinstance(part, Tensor)}
+    packed = cuda_gemv.pack(weight._replace(**there), None, dtype)
     out = cuda_gemv.gemv(place.launcher, place.put(x), packed, stream=place.stream)
-    whole = gemv_reference.dequantised(quantised, scales, dtype, bits, zero)
-    return Checked([out.cpu()], [gemv_reference.gemv(x, whole)], UNIT[dtype])
+    wide = cuda_gemv.dequantise(place.launcher, packed, range(n), stream=place.stream)
+    whole = gemv_reference.widened(weight)
+    return Checked([out.cpu(), wide.cpu()], [gemv_reference.gemv(x, whole), whole], UNIT[dtype])
 
 
 RAGGED = [1, 15, 16, 17, 0, 33, 300, 1300]
@@ -352,7 +352,11 @@ def cases() -> list[Case]:
     add("distribution of draws", "48 ids", distribution, 1500)
     for dtype in (BF16, INT8):
         add("block copies, bits", str(dtype), copies, dtype, small=dtype == BF16)
-    for bits, group, zeros, m in ((8, 0, False, 1), (8, 128, False, 5), (4, 32, True, 8), (4, 64, False, 1),
-                                  (4, 128, True, 3)):  # fmt: skip
-        add("int8 and int4 products", f"{bits} bits, {group}, {m} rows", gemv, bits, group, zeros, m, small=m == 8)
+    for bits, group, zeros, m, codebook in (
+        (8, 0, "centre", 1, False), (8, 128, "fractions", 5, False), (8, 16, "centre", 2, False),
+        (4, 32, "fractions", 8, False), (4, 64, "centre", 1, False), (4, 128, "integers", 3, False),
+        (4, 16, "fractions", 8, False), (4, 64, "centre", 4, True),
+    ):  # fmt: skip
+        name = f"{bits} bits, {'codes, ' if codebook else ''}{group}, zeros {zeros}, {m} rows"
+        add("int8 and int4 products", name, gemv, bits, group, zeros, m, codebook=codebook, small=m == 8)
     return found

@@ -31,6 +31,7 @@ from millrace.runtime.weights.synthetic import preset
 CONTEXT = 1024
 LOADS = (("llama-3.1-8b", (1, 64, 256), 96), ("llama-2-7b", (1, 64), 96))  # shape, batches, new tokens
 NEED = 22.0  # seconds that a shape takes to load, capture and measure, at least
+BATCH_SECONDS, SEQUENCE_SECONDS = 4.0, 0.06  # of a batch: its decoding, and the prompts of its sequences
 INTERFERENCE = (16, 4, 4096)  # sequences that decode, prompts that come, tokens of each
 
 
@@ -196,6 +197,14 @@ def make_runtime(name: str, rows: int, length: int) -> Runtime:
     )  # fmt: skip
 
 
+async def _decode_if_time(context: Context, runtime: Any, name: str, batch: int, new_tokens: int) -> None:
+    needed = BATCH_SECONDS + SEQUENCE_SECONDS * batch
+    if context.left > needed:
+        await decode_rows(context, runtime, name, batch, CONTEXT, new_tokens)
+    else:
+        context.say(f"   {name}, batch {batch}: {context.left:.0f} s are left, and it takes {needed:.0f} s")
+
+
 async def measure(context: Context, name: str, batches: Sequence[int], new_tokens: int) -> None:
     longest = 4096 if name == "llama-2-7b" else INTERFERENCE[2] + 512
     begin = time.perf_counter()
@@ -204,13 +213,14 @@ async def measure(context: Context, name: str, batches: Sequence[int], new_token
         context.row(Row(context.part.name, f"{name} start", seconds, "s", note="weights, plan, graphs"))
         context.note(f"{name}.memory_plan", runtime.memory_plan.table())
         await follow(runtime, [1] * 64, 8)
-        for batch in batches:
-            if context.left > 5:
-                await decode_rows(context, runtime, name, batch, CONTEXT, new_tokens)
+        *others, largest = sorted(batches)
+        for batch in others:
+            await _decode_if_time(context, runtime, name, batch, new_tokens)
         if context.left > 4:
             await first_token_rows(context, runtime, name, (128, 512, 2048))
         if context.left > 5:
-            await busy_rows(context, runtime, name, min(64, max(batches)))
+            await busy_rows(context, runtime, name, min(64, largest))
+        await _decode_if_time(context, runtime, name, largest, new_tokens)  # the longest, behind what must not miss
         if context.left > 6 and name == LOADS[0][0]:
             await interference_rows(context, runtime, name, INTERFERENCE)
 

@@ -20,7 +20,11 @@ class Ceilings(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The sizes of a Llama-like decoder with 16-bit weights and cache."""
+    """The sizes of a Llama-like decoder with a 16-bit cache.
+
+    Attributes:
+        layer_bytes, output_bytes: of an element of the layers' matrices, and of the matrix that gives the logits.
+    """
 
     layers: int
     hidden: int
@@ -30,6 +34,8 @@ class Shape(NamedTuple):
     head_dim: int
     vocab: int
     tied: bool = False
+    layer_bytes: float = 2.0
+    output_bytes: float = 2.0
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> "Shape":
@@ -46,6 +52,11 @@ class Shape(NamedTuple):
             tied=config["tie_word_embeddings"],
         )
 
+    def rounded(self, bits: int, group: int) -> "Shape":
+        """With matrices that were rounded as they were loaded: 8 bits for each output, or 4 with a scale and a zero
+        point of 16 bits for each group of inputs; the output matrix has 8."""
+        return self._replace(layer_bytes=1.0 if bits == 8 else 0.5 + 4 / group, output_bytes=1.0)
+
     @property
     def layer_weights(self) -> int:
         """Elements of one layer's matrices."""
@@ -58,6 +69,11 @@ class Shape(NamedTuple):
         return self.layers * self.layer_weights + self.vocab * self.hidden
 
     @property
+    def streamed_bytes(self) -> float:
+        """Of the same elements."""
+        return self.layers * self.layer_weights * self.layer_bytes + self.vocab * self.hidden * self.output_bytes
+
+    @property
     def parameters(self) -> int:
         """Elements in all, norms left out."""
         return self.streamed_weights + (0 if self.tied else self.vocab * self.hidden)
@@ -68,7 +84,7 @@ class Shape(NamedTuple):
 
     def decode_bytes(self, batch: int, context: float) -> float:
         """Of one step that makes one token for each of `batch` sequences with `context` keys each."""
-        return 2 * self.streamed_weights + batch * context * self.kv_bytes_per_token
+        return self.streamed_bytes + batch * context * self.kv_bytes_per_token
 
     def decode_flops(self, batch: int, context: float) -> float:
         attention = 4 * self.layers * self.heads * self.head_dim * context
@@ -86,7 +102,7 @@ class Shape(NamedTuple):
 
     def prefill_floor(self, ceilings: Ceilings, tokens: int, sequences: int = 1) -> float:
         """Seconds."""
-        return ceilings.seconds(2 * self.streamed_weights, self.prefill_flops(tokens, sequences))
+        return ceilings.seconds(self.streamed_bytes, self.prefill_flops(tokens, sequences))
 
 
 def attention_bytes(batch: int, context: int, kv_heads: int, head_dim: int, heads: int, item: int = 2) -> int:

@@ -7,28 +7,38 @@ import torch
 from torch import Tensor
 
 from gpu.case_list import Place
-from millrace.kernels.cuda_backend import CudaBackend, model_kernels
+from millrace.kernels.cuda_backend import CudaBackend
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime.cuda.decode import DecodeState
 from millrace.runtime.cuda.driver import CudaDriver
 from millrace.runtime.cuda.graphs import DecodeGraphs
 from millrace.runtime.cuda.rows import DeviceRows
+from millrace.runtime.gpu import wanted_kernels
 from millrace.runtime.models.base import ForwardBatch, Model
 from millrace.runtime.models.declaration import Placement
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.types import BLOCK_SIZE
 
 
-def placement(place: Place, driver: CudaDriver, max_seqs: int, dtype: torch.dtype = torch.bfloat16) -> Placement:
+def placement(
+    place: Place,
+    driver: CudaDriver,
+    max_seqs: int,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize: Quantization | None = None,
+) -> Placement:
     backend = CudaBackend(place.launcher, driver.current, max_seqs=max_seqs)
     device = driver.device
-    return Placement(device=device, activation=dtype, scales=dtype, backends=(backend, TorchBackend()))
+    return Placement(
+        device=device, activation=dtype, scales=dtype, backends=(backend, TorchBackend()), quantize=quantize
+    )
 
 
 def prepare(place: Place, model: Any) -> None:
     """Compiles and loads what the model launches, where the launcher has such a step."""
     ready = getattr(place.launcher, "prepare", None)
     if ready is not None:
-        ready(list(model_kernels(model.dtype, model.spec.head_dim)))
+        ready(wanted_kernels(model))
 
 
 def prompt_batch(tokens: Sequence[int], device: torch.device | str, *, all_logits: bool) -> ForwardBatch:

@@ -85,7 +85,7 @@ async def completions(
 
         def submit(index: int, salt: str) -> Any:
             sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, **_drawing(index))
-            return runtime.submit(prompts[index], sampling, cache_salt=salt)
+            return runtime.submit(prompts[index], sampling, cache_salt=f"{salt} {index}")
 
         alone = [list((await submit(index, "alone")).token_ids) for index in range(len(prompts))]
         handles = [submit(index, "at once") for index in range(len(prompts))]

@@ -81,18 +81,20 @@ ENGINE = ("msgspec", "structlog", "prometheus_client", "safetensors", "tokenizer
 PARTS = (
     Part("ceilings", "ceilings", "copy bandwidth, bf16 GEMM rate", 25, 5),
     Part("kernels", "cases", "every kernel against float64, and against the host shim", 70, 15, ("cupy",)),
-    Part("sanitizer", "sanitizer", "compute-sanitizer over small cases", 60, 20, ("cupy",)),
-    Part("parity", "parity", "whole models against transformers; overlap on = off", 55, 20,
+    Part("parity", "parity", "whole models against transformers; overlap on = off", 50, 20,
          ("cupy", "transformers", *ENGINE)),
-    Part("attention", "attention", "decode and prefill attention, cold L2, beside torch SDPA", 65, 20, ("cupy",)),
+    Part("attention", "attention", "decode and prefill attention, cold L2, beside torch SDPA", 60, 20, ("cupy",)),
     Part("ops", "small", "the other kernels in percent of their floors; launch overhead", 35, 10, ("cupy",)),
     Part("steps-8b", "steps", "decode graph and prefill of Llama-3.1-8B, launches per layer", 50, 25,
          ("cupy", "msgspec", "safetensors")),
     Part("steps-7b", "steps", "decode graph and prefill of Llama-2-7B", 45, 25, ("cupy", "msgspec", "safetensors")),
+    Part("steps-int", "steps", "the same of Llama-3.1-8B with int8 and int4 weights", 40, 20,
+         ("cupy", "msgspec", "safetensors")),
     Part("engine", "engine", "the whole engine: tokens/s, first token, interference, GPU busy", 75, 35,
          ("cupy", *ENGINE)),
-    Part("peer", "peer", "transformers' continuous batching under the engine's load", 60, 30,
+    Part("peer", "peer", "transformers' continuous batching under the engine's load", 50, 30,
          ("cupy", "transformers", *ENGINE)),
+    Part("sanitizer", "sanitizer", "compute-sanitizer over small cases", 40, 20, ("cupy",)),
 )  # fmt: skip
 BY_NAME = {part.name: part for part in PARTS}
 

@@ -1,8 +1,10 @@
 """compute-sanitizer over the small cases: memory errors, races in shared memory, wrong barriers."""
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -46,6 +48,23 @@ def count(output: str) -> int | None:
     return max(numbers) if numbers else None
 
 
+def run_group(words: list[str], seconds: float, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Status and output of a command, which is ended with all that it started when its time is up: the sanitizer's
+    child would hold the device otherwise. Raises subprocess.TimeoutExpired then."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return process.returncode, output
+
+
 def run(context: Context) -> None:
     sanitizer = find()
     if sanitizer is None:
@@ -61,18 +80,14 @@ def run(context: Context) -> None:
         # torch's caching allocator would put tensors side by side into one allocation, and hide what overruns them.
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
-            done = subprocess.run(
-                command(sanitizer, tool, rows, seconds - 5), capture_output=True, text=True, errors="replace",
-                timeout=seconds, env=environment, check=False,
-            )  # fmt: skip
+            status, output = run_group(command(sanitizer, tool, rows, seconds - 5), seconds, environment)
         except subprocess.TimeoutExpired:
             context.say(f"   {tool}: not done within {seconds:.0f} s")
             continue
-        output = done.stdout + done.stderr
         errors = count(output)
         if errors is None:
             last = output.strip().splitlines()
-            context.say(f"   {tool} cannot run here: {last[-1][:200] if last else f'status {done.returncode}'}")
+            context.say(f"   {tool} cannot run here: {last[-1][:200] if last else f'status {status}'}")
             continue
         first = next(
             (text.strip(" =") for text in output.splitlines() if "=========     " in text or "Error:" in text), ""

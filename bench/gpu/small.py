@@ -13,6 +13,7 @@ from gpu.context import Context
 from gpu.plan import Row, rated, timed
 from gpu.timing import CudaTimer, Timer, free_bytes, l2_bytes, num_rotated
 from millrace.kernels import cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling
+from millrace.kernels.quantized import QuantizedWeight
 
 Work = Callable[[], object]
 BF16 = torch.bfloat16
@@ -87,14 +88,19 @@ def sampling(context: Context, place: Place, timer: Timer, rows: int, vocab: int
 
 def products(context: Context, place: Place, timer: Timer, n: int, k: int, l2: int, free: int) -> None:
     """Dequantising products and cuBLAS at the same shape; each against its own bytes."""
-    for bits, group in ((4, 128), (8, 0)):
-        low, high = (0, 16) if bits == 4 else (-128, 128)
-        held = torch.randint(low, high, (n, k), dtype=torch.int8, device=place.device)
-        scales = torch.rand((n, k // group) if group else (n,), device=place.device)
-        first = cuda_gemv.pack(held, scales, BF16, bits=bits)
+    kinds = {
+        "int4 group 128": (4, 128, 0), "int4 group 64, zeros": (4, 64, 0.5), "int8": (8, k, 0),
+    }  # fmt: skip
+    for kind, (bits, group, off) in kinds.items():
+        held = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=place.device)
+        scales = torch.rand((n, k // group), device=place.device).half()
+        zeros = torch.full_like(scales, (1 << bits - 1) + off)
+        weight = QuantizedWeight(held, scales, zeros, bits)
+        first = cuda_gemv.pack(weight, None, BF16)
         count = num_rotated(first.nbytes, l2, free, 24)
-        weights = [first, *(cuda_gemv.pack(held, scales, BF16, bits=bits) for _ in range(count - 1))]
-        workspace = cuda_gemv.GemvWorkspace.allocate(place.launcher, weights)
+        weights = [first, *(cuda_gemv.pack(weight, None, BF16) for _ in range(count - 1))]
+        size = cuda_gemv.workspace_size(place.launcher, first)
+        workspace = cuda_gemv.GemvWorkspace.allocate(size, first.weight.device)
         for m in (1, 8):
             x, out = _random(place, m, k), _random(place, m, n)
 
@@ -103,7 +109,7 @@ def products(context: Context, place: Place, timer: Timer, n: int, k: int, l2: i
 
             value = timer.seconds([lambda weight=weight, work=work: work(weight) for weight in weights])
             rate = first.nbytes / value / 1e9
-            label = f"int{bits} product, {m} x {k} x {n}"
+            label = f"{kind} product, {m} x {k} x {n}"
             context.row(rated(context.part.name, label, rate, "GB/s", context.roof().copy / 1e9))
     matrices = [_random(place, n, k) for _ in range(num_rotated(2 * n * k, l2, free, 16))]
     x = _random(place, 1, k)
@@ -145,6 +151,7 @@ def launch_overhead(
 
     class Recorder:
         device_type, sm_count = place.launcher.device_type, place.launcher.sm_count
+        shared_bytes_per_sm = place.launcher.shared_bytes_per_sm
 
         def launch(self, *args: Any, **more: Any) -> None:
             recorded.append((args, more))
@@ -166,6 +173,8 @@ def launch_overhead(
 def run(context: Context) -> None:
     place, timer = device_place(), CudaTimer()
     l2, free = l2_bytes(), free_bytes()
+    empty = timer.seconds([lambda: None]) * 1e6
+    context.row(Row(context.part.name, "nothing, between two events", empty, "us", note="in every time below"))
     for tokens in (1, 64, 2048):
         elementwise(context, place, timer, tokens, 4096, 14336, l2, free)
     for rows in (1, 64):

@@ -2,8 +2,9 @@
 a layer launches. The engine around it is measured by `engine`."""
 
 import gc
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,22 +16,47 @@ from gpu.model_tools import decode_graph, placement, prepare, prompt_batch
 from gpu.plan import Row, rated, timed
 from gpu.timing import CudaTimer, Timer, free_bytes
 from millrace.runtime.cuda.driver import CudaDriver, TorchDriver
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.types import BLOCK_SIZE
 from millrace.runtime.weights.loader import random_model
 from millrace.runtime.weights.synthetic import preset
 
-SHAPES = {"steps-8b": "llama-3.1-8b", "steps-7b": "llama-2-7b"}
-BATCHES = {"llama-3.1-8b": (1, 64, 256), "llama-2-7b": (1, 64)}
+
+class Load(NamedTuple):
+    """A model and the batches it decodes."""
+
+    preset: str
+    batches: tuple[int, ...]
+    quantize: Quantization | None = None
+
+    @property
+    def name(self) -> str:
+        return self.preset if self.quantize is None else f"{self.preset} {self.quantize.method}"
+
+    @property
+    def shape(self) -> Shape:
+        shape = Shape.of(preset(self.preset))
+        return shape if self.quantize is None else shape.rounded(self.quantize.bits, self.quantize.group_size)
+
+
+LOADS = {
+    "steps-8b": (Load("llama-3.1-8b", (1, 64, 256)),),
+    "steps-7b": (Load("llama-2-7b", (1, 64)),),
+    "steps-int": (
+        Load("llama-3.1-8b", (1, 8), Quantization(method="int8")),
+        Load("llama-3.1-8b", (1, 8), Quantization(method="int4")),
+    ),
+}  # fmt: skip
+NEED = 12.0  # seconds that a further model takes to make and measure, at least
 CONTEXT, PREFILL = 1024, (2048, 1024)
 KV_SHARE = 0.85  # of what the weights leave
 
 
 def decode_rows(
-    context: Context, driver: CudaDriver, timer: Timer, name: str, model: Any, batches: tuple[int, ...], length: int,
-    free: int,
-) -> None:  # fmt: skip
+    context: Context, driver: CudaDriver, timer: Timer, load: Load, model: Any, length: int, free: int
+) -> None:
     """One row for each batch: the time of a step in percent of its floor."""
-    shape, part = Shape.of(preset(name)), context.part.name
+    shape, part, name, batches = load.shape, context.part.name, load.name, load.batches
     fitting = int(KV_SHARE * free) // (model.kv_bytes_per_token * BLOCK_SIZE)
     pages = -(-length // BLOCK_SIZE)
     chosen = [batch for batch in batches if batch * pages + 1 <= fitting]
@@ -42,6 +68,7 @@ def decode_rows(
     kv = model.allocate_kv(num_blocks)
     kv.storage.normal_()  # what was never written may be NaN, and what is read here was not
     for batch in chosen:
+        graphs = None  # the last batch's hold memory that this one's need
         if context.left < 6:
             context.say(f"   batch {batch}: no time left")
             continue
@@ -56,11 +83,11 @@ def decode_rows(
         note = f"{batch / seconds:,.0f} tokens/s, {batch / floor:,.0f} at the floor; without sampling and host"
         context.row(timed(part, f"{name} decode step, batch {batch} at {length}", seconds * 1e3, "ms", floor * 1e3,
                           note=note, goal=goal))  # fmt: skip
-        del graphs
 
 
-def prefill_rows(context: Context, timer: Timer, name: str, model: Any, lengths: tuple[int, ...]) -> None:
-    shape, vocab = Shape.of(preset(name)), model.spec.vocab_size
+def prefill_rows(context: Context, timer: Timer, load: Load, model: Any, lengths: tuple[int, ...]) -> None:
+    shape, name, vocab = load.shape, load.name, model.spec.vocab_size
+    goal = GOAL_PREFILL if load.quantize is None else None
     for length in lengths:
         kv = model.allocate_kv(-(-length // BLOCK_SIZE) + 1)
         tokens = [(i * 7919 + 13) % vocab for i in range(length)]
@@ -68,13 +95,14 @@ def prefill_rows(context: Context, timer: Timer, name: str, model: Any, lengths:
         seconds = timer.seconds([lambda batch=batch, kv=kv: model.forward(batch, kv)], 6)
         roof = length / shape.prefill_floor(context.roof(), length)
         context.row(rated(context.part.name, f"{name} prefill of {length}", length / seconds, "tokens/s", roof,
-                          note=f"{seconds * 1e3:.1f} ms", goal=GOAL_PREFILL if length == 2048 else None))  # fmt: skip
+                          note=f"{seconds * 1e3:.1f} ms", goal=goal if length == 2048 else None))  # fmt: skip
 
 
 def count_kernels(work: Callable[[], object]) -> int:
     """Kernels that a work launches, whoever launches them; copies and fills of memory are not counted."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # a profiler that is taken down between graphs may crash them
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
@@ -100,16 +128,25 @@ def launches(context: Context, place: Place, driver: CudaDriver, name: str, coun
 
 
 def run(context: Context) -> None:
-    name = SHAPES[context.part.name]
+    loads = LOADS[context.part.name]
     place, driver, timer = device_place(), TorchDriver(0), CudaTimer()
     stream = torch.cuda.Stream()
     # A graph cannot be captured on the default stream.
     with torch.inference_mode(), torch.cuda.stream(stream):
         place = place._replace(stream=stream.cuda_stream)
-        launches(context, place, driver, name, count_kernels)
-        model = random_model(preset(name), placement=placement(place, driver, max(BATCHES[name])), max_model_len=4096)
-        prepare(place, model)
-        gc.collect()
-        torch.cuda.empty_cache()
-        prefill_rows(context, timer, name, model, PREFILL)
-        decode_rows(context, driver, timer, name, model, BATCHES[name], CONTEXT, free_bytes())
+        for load in loads:
+            if load is not loads[0] and context.left < NEED:
+                context.say(f"   {load.name}: {context.left:.0f} s are left, and it takes {NEED:.0f} s")
+                continue
+            where = placement(place, driver, max(load.batches), quantize=load.quantize)
+            model = random_model(preset(load.preset), placement=where, max_model_len=4096)
+            prepare(place, model)
+            gc.collect()
+            torch.cuda.empty_cache()
+            decode_rows(context, driver, timer, load, model, CONTEXT, free_bytes())
+            prefill_rows(context, timer, load, model, PREFILL)
+            del model, where
+            gc.collect()
+        # Last: what has once been profiled may launch its graphs more slowly.
+        if loads[0].quantize is None:
+            launches(context, place, driver, loads[0].preset, count_kernels)

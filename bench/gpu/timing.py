@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-COLD_FACTOR = 2.5  # buffers that are rotated are this many times the L2 in all
+COLD_FACTOR = 4.0  # buffers that are rotated are this many times the L2 in all
 
 
 class Timer(Protocol):
@@ -19,7 +19,7 @@ class CudaTimer:
     """Each work lies between two events. A burst is enqueued behind a wait of the device, so that the host, which
     launches more slowly than small kernels run, is ahead of it."""
 
-    def __init__(self, head_start_cycles: int = 2_000_000) -> None:
+    def __init__(self, head_start_cycles: int = 10_000_000) -> None:
         self._cycles = head_start_cycles
 
     def seconds(self, works: Sequence[Callable[[], object]], repeats: int = 20) -> float:

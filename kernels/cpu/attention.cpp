@@ -3,10 +3,14 @@
 // Keys are taken in segments of SEGMENT positions, counted from position 0. Each segment gets its own softmax maximum,
 // sum and weighted values, and segments are merged in order of position. A query's result therefore has the same bits
 // however its sequence was cut into chunks, batched, or shared among threads. Only slots inside the context are read.
+//
+// Elements of the pool are widened as a segment is read. Scales, where it has them, are those of a slot: a key's goes
+// onto its scores, a value's onto its weights.
 
 #include "common.h"
 #include "kernels.h"
 
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -18,11 +22,11 @@ constexpr int MAX_DIM = 256;
 constexpr int TILE_ROWS = 96;     // query rows (tokens x heads that share a kv head) per task
 constexpr int ROWS = VL == 16 ? 6 : 3;  // rows of a register tile: ROWS x 4 accumulators
 constexpr float LOWEST = -1e30f;  // stands for minus infinity: differences of it stay finite
+constexpr float SMALLEST = 1.17549435e-38f;  // below it products are denormal, which some processors take 100 times as long for
 
 struct Problem {
     const float* q;       // [num_tokens][num_heads][dim], q_stride elements from token to token
-    const float* k_cache; // [num_blocks][num_kv_heads][BLOCK_SIZE][dim]
-    const float* v_cache; // as k_cache
+    const KvPool& pool;
     const int32_t* query_starts;  // [num_seqs + 1]
     const int32_t* context_lens;  // [num_seqs]
     const int32_t* block_tables;  // [num_seqs][max_blocks]
@@ -105,13 +109,17 @@ void product_rows(long rows, const float* a, long a_stride, const float* const* 
 // Per-thread working space.
 struct Space {
     alignas(64) float keys[MAX_DIM * SEGMENT];     // [dim][SEGMENT]: the segment's keys, transposed
+    alignas(64) float wide[SEGMENT * MAX_DIM];     // [slot][dim]: its values, where the pool's are not float32
+    alignas(64) float key_scales[SEGMENT];         // of its slots; those outside the context may be anything
+    alignas(64) float value_scales[SEGMENT];
     alignas(64) float scores[ROWS * SEGMENT];
     alignas(64) float values[ROWS * MAX_DIM];
     alignas(64) float zeros[MAX_DIM];
     Scratch query, state;                          // [rows][dim] scaled queries; [rows][dim + 2] running results
 };
 
-Space& own_space() {
+// Not inlined: the compiler would ask for the address again and again, in the middle of loops.
+__attribute__((noinline)) Space& own_space() {
     static thread_local Space space;  // zeroed, and `zeros` stays so
     return space;
 }
@@ -134,42 +142,66 @@ void merge_row(float* to, float maximum, float sum, const float* values, long di
     for (long i = 0; i < dim; i += VL) store(to + 2 + i, load(to + 2 + i) * old_scale + load(values + i) * new_scale);
 }
 
-INLINE void fetch(const float* from, long count) {
-    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i, 0, 2);
+INLINE void fetch(const void* from, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }
 
 // One segment against all rows of a task, joined to the running (maximum, sum, values[dim]) of each row in `state`.
-void attend_segment(const Problem& p, const Task& task, long segment, const float* query, float* state, Space& space) {
+template <class Kv>
+__attribute__((noinline)) void attend_segment(const Problem& p, const Task& task, long segment, const float* query, float* state, Space& space) {
+    typedef typename Kv::Element Element;
     const long dim = p.dim, group = p.group(), rows = task.count * group, stride = dim + 2;
     const long begin = most(segment * SEGMENT, task.first_key / BLOCK_SIZE * BLOCK_SIZE);
     const long end = least((segment + 1) * SEGMENT, task.last_key);
     const long pieces = ceil_div(end - begin, BLOCK_SIZE), keys = end - begin;
     const int32_t* table = p.block_tables + task.seq * p.max_blocks + begin / BLOCK_SIZE;
-    const float *key_blocks[SEGMENT_BLOCKS], *value_blocks[SEGMENT_BLOCKS];
+    const Element *key_pool = (const Element*)p.pool.keys, *value_pool = (const Element*)p.pool.values;
+    const Element *key_blocks[SEGMENT_BLOCKS], *value_blocks[SEGMENT_BLOCKS];
+    const auto slot_of = [&](long i) { return ((long)table[i] * p.num_kv_heads + task.kv_head) * BLOCK_SIZE; };
     for (long i = 0; i < pieces; i++) {
-        long offset = ((long)table[i] * p.num_kv_heads + task.kv_head) * BLOCK_SIZE * dim;
-        key_blocks[i] = p.k_cache + offset;
-        value_blocks[i] = p.v_cache + offset;
+        const long slot = slot_of(i);
+        key_blocks[i] = key_pool + slot * dim;
+        value_blocks[i] = value_pool + slot * dim;
+        if constexpr (Kv::SCALED)
+            for (long j = 0; j < BLOCK_SIZE; j++) {
+                space.key_scales[i * BLOCK_SIZE + j] = p.pool.key_scales[slot + j] * Kv::FACTOR;
+                space.value_scales[i * BLOCK_SIZE + j] = p.pool.value_scales[slot + j] * Kv::FACTOR;
+            }
     }
     for (long key = 0; key < pieces * BLOCK_SIZE; key += VL) {
         const long piece = key / BLOCK_SIZE;
-        const float* lines[VL];
+        const Element* lines[VL];
         for (int i = 0; i < VL; i++)
-            lines[i] = key + i < keys ? key_blocks[piece] + (key + i) % BLOCK_SIZE * dim : space.zeros;
+            lines[i] = key + i < keys ? key_blocks[piece] + (key + i) % BLOCK_SIZE * dim : (const Element*)space.zeros;
         for (long d = 0; d < dim; d += VL) {
             vf square[VL];
 #pragma GCC unroll 16
-            for (int i = 0; i < VL; i++) square[i] = load(lines[i] + d);
+            for (int i = 0; i < VL; i++) square[i] = Kv::widen(lines[i] + d);
             transpose(square);
 #pragma GCC unroll 16
             for (int i = 0; i < VL; i++) store(space.keys + (d + i) * SEGMENT + key, square[i]);
         }
         // The values of these keys come next, and the keys of the next segment after that.
-        const long slots = key % BLOCK_SIZE * dim;
-        fetch(value_blocks[piece] + slots, VL * dim);
+        const long offset = key % BLOCK_SIZE * dim, bytes = VL * dim * sizeof(Element);
+        fetch(value_blocks[piece] + offset, bytes);
         if (begin + SEGMENT + key < task.last_key) {
-            const long later = ((long)table[piece + SEGMENT_BLOCKS] * p.num_kv_heads + task.kv_head) * BLOCK_SIZE * dim;
-            fetch(p.k_cache + later + slots, VL * dim);
+            const long later = slot_of(piece + SEGMENT_BLOCKS);
+            fetch(key_pool + later * dim + offset, bytes);
+            if constexpr (Kv::SCALED) {
+                fetch(p.pool.key_scales + later, BLOCK_SIZE * sizeof(float));
+                fetch(p.pool.value_scales + later, BLOCK_SIZE * sizeof(float));
+            }
+        }
+    }
+    const float* value_rows[SEGMENT_BLOCKS];
+    for (long i = 0; i < pieces; i++) {
+        if constexpr (std::is_same_v<Element, float>) {
+            value_rows[i] = value_blocks[i];
+        } else {
+            float* to = space.wide + i * BLOCK_SIZE * dim;
+            const long count = least(BLOCK_SIZE, keys - i * BLOCK_SIZE) * dim;
+            for (long j = 0; j < count; j += VL) store(to + j, Kv::widen(value_blocks[i] + j));
+            value_rows[i] = to;
         }
     }
     const float* transposed[1] = {space.keys};
@@ -195,6 +227,7 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
             for (long key = 0; key < width; key += VL) {
                 vi index = lane + (int32_t)key;
                 vf x = load(scores + key);
+                if constexpr (Kv::SCALED) x *= load(space.key_scales + key);
                 x = ((index >= start) & (index < stop)) ? x : splat(LOWEST);
                 store(scores + key, x);
                 top = vmax(top, x);
@@ -205,12 +238,17 @@ void attend_segment(const Problem& p, const Task& task, long segment, const floa
                 vi index = lane + (int32_t)key;
                 vf weight = vexp(load(scores + key) - shift);
                 weight = ((index >= start) & (index < stop)) ? weight : vf{};
-                store(scores + key, weight);
                 sum += weight;
+                if constexpr (Kv::SCALED) {
+                    vf scaled = weight * load(space.value_scales + key);
+                    scaled = scaled < splat(SMALLEST) ? vf{} : scaled;
+                    weight = ((index >= start) & (index < stop)) ? scaled : vf{};
+                }
+                store(scores + key, weight);
             }
             sums[r] = hsum(sum);
         }
-        product_rows(height, space.scores, SEGMENT, value_blocks, seen_pieces, BLOCK_SIZE, dim, seen, space.values, dim,
+        product_rows(height, space.scores, SEGMENT, value_rows, seen_pieces, BLOCK_SIZE, dim, seen, space.values, dim,
                      dim);
         for (long r = 0; r < height; r++)
             merge_row(state + (r0 + r) * stride, maxima[r], sums[r], space.values + r * dim, dim);
@@ -252,6 +290,7 @@ std::vector<Task> plan(const Problem& p) {
 long first_segment(const Task& task) { return task.first_key / SEGMENT; }
 long end_segment(const Task& task) { return ceil_div(task.last_key, SEGMENT); }
 
+template <class Kv>
 void run_task(const Problem& p, const Task& task, Space& space) {
     const long rows = task.count * p.group();
     float* query = space.query.get(rows * p.dim);
@@ -259,11 +298,12 @@ void run_task(const Problem& p, const Task& task, Space& space) {
     gather_queries(p, task, query);
     clear_state(state, rows, p.dim + 2);
     for (long segment = first_segment(task); segment < end_segment(task); segment++)
-        attend_segment(p, task, segment, query, state, space);
+        attend_segment<Kv>(p, task, segment, query, state, space);
     write_result(p, task, state);
 }
 
 // Too few tasks to keep the threads busy: every (task, segment) is computed apart, and the segments are merged after.
+template <class Kv>
 void run_split(const Problem& p, const std::vector<Task>& tasks, int threads) {
     static thread_local Scratch partial_scratch;
     struct Unit {
@@ -288,7 +328,7 @@ void run_split(const Problem& p, const std::vector<Task>& tasks, int threads) {
             float* query = space.query.get(rows * p.dim);
             gather_queries(p, task, query);
             clear_state(partial + units[i].offset, rows, stride);
-            attend_segment(p, task, units[i].segment, query, partial + units[i].offset, space);
+            attend_segment<Kv>(p, task, units[i].segment, query, partial + units[i].offset, space);
         }
     }
     for (size_t i = 0, unit = 0; i < tasks.size(); i++) {
@@ -304,24 +344,8 @@ void run_split(const Problem& p, const std::vector<Task>& tasks, int threads) {
     }
 }
 
-}  // namespace
-
-EXPORT long mr_attention_max_dim() { return MAX_DIM; }
-EXPORT long mr_attention_dim_step() { return VL; }
-
-// Returns 0, or 1 + the sequence whose block table names a block that the pool does not have.
-EXPORT long mr_attention(const float* q, const float* k_cache, const float* v_cache, const int32_t* query_starts,
-                         const int32_t* context_lens, const int32_t* block_tables, float* out, long num_seqs,
-                         long max_blocks, long num_blocks, long num_heads, long num_kv_heads, long dim, long q_stride,
-                         long window, float scale, int threads) {
-    Problem p{q,          k_cache,   v_cache,      query_starts, context_lens, block_tables, out,  num_seqs,
-              max_blocks, num_heads, num_kv_heads, dim,          q_stride,     window,       scale};
-    std::vector<Task> tasks = plan(p);
-    for (const Task& task : tasks)
-        for (long i = task.first_key / BLOCK_SIZE; task.kv_head == 0 && i < ceil_div(task.last_key, BLOCK_SIZE); i++) {
-            const int32_t block = block_tables[task.seq * max_blocks + i];
-            if (block < 0 || block >= num_blocks) return task.seq + 1;
-        }
+template <class Kv>
+void run(const Problem& p, const std::vector<Task>& tasks, int threads) {
     long longest = 0, total = 0;
     for (const Task& task : tasks) {
         const long work = (end_segment(task) - first_segment(task)) * task.count;
@@ -329,15 +353,36 @@ EXPORT long mr_attention(const float* q, const float* k_cache, const float* v_ca
         total += work;
     }
     if (longest * threads > total + total / 2) {
-        run_split(p, tasks, threads);
-        return 0;
+        run_split<Kv>(p, tasks, threads);
+        return;
     }
     std::atomic<long> next{0};
 #pragma omp parallel num_threads(threads)
     {
         Space& space = own_space();
         for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)tasks.size();)
-            run_task(p, tasks[i], space);
+            run_task<Kv>(p, tasks[i], space);
     }
+}
+
+}  // namespace
+
+EXPORT long mr_attention_max_dim() { return MAX_DIM; }
+EXPORT long mr_attention_dim_step() { return VL; }
+
+// Returns 0, or 1 + the sequence whose block table names a block that the pool does not have.
+EXPORT long mr_attention(const float* q, const KvPool* pool, const int32_t* query_starts, const int32_t* context_lens,
+                         const int32_t* block_tables, float* out, long num_seqs, long max_blocks, long num_blocks,
+                         long num_heads, long num_kv_heads, long dim, long q_stride, long window, float scale,
+                         int threads) {
+    Problem p{q,          *pool,     query_starts, context_lens, block_tables, out,   num_seqs,
+              max_blocks, num_heads, num_kv_heads, dim,          q_stride,     window, scale};
+    std::vector<Task> tasks = plan(p);
+    for (const Task& task : tasks)
+        for (long i = task.first_key / BLOCK_SIZE; task.kv_head == 0 && i < ceil_div(task.last_key, BLOCK_SIZE); i++) {
+            const int32_t block = block_tables[task.seq * max_blocks + i];
+            if (block < 0 || block >= num_blocks) return task.seq + 1;
+        }
+    with_kv(pool->kind, [&](auto kv) { run<decltype(kv)>(p, tasks, threads); });
     return 0;
 }

@@ -8,6 +8,9 @@
 #include <cstring>
 
 #include <omp.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -37,24 +40,50 @@ typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(4), may_alia
 
 static INLINE vf load(const float* p) { return *(const vf_any*)p; }
 static INLINE void store(float* p, vf v) { *(vf_any*)p = v; }
+// VL numbers of float16. The conversion of whole vectors that GCC makes by itself goes number by number.
+typedef _Float16 halves_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
+static INLINE vf load_halves(const void* from) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+    return __builtin_convertvector(*(const halves_any*)from, vf);
+#endif
+}
 static INLINE vf splat(float s) { return s - vf{}; }
 static INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 
+// Lanes turned by half, a quarter, ... of the vector: lane 0 of the last takes part in every lane.
+#if defined(__AVX512F__)
+#define TURN(v, by)                                                                                                  \
+    __builtin_shufflevector(v, v, by, (by + 1) % 16, (by + 2) % 16, (by + 3) % 16, (by + 4) % 16, (by + 5) % 16,     \
+                            (by + 6) % 16, (by + 7) % 16, (by + 8) % 16, (by + 9) % 16, (by + 10) % 16,              \
+                            (by + 11) % 16, (by + 12) % 16, (by + 13) % 16, (by + 14) % 16, (by + 15) % 16)
+#elif defined(__AVX2__)
+#define TURN(v, by)                                                                                                  \
+    __builtin_shufflevector(v, v, by, (by + 1) % 8, (by + 2) % 8, (by + 3) % 8, (by + 4) % 8, (by + 5) % 8,          \
+                            (by + 6) % 8, (by + 7) % 8)
+#else
+#define TURN(v, by) __builtin_shufflevector(v, v, by, (by + 1) % 4, (by + 2) % 4, (by + 3) % 4)
+#endif
+
 // A fixed tree: lanes i and i + half, halving. Never reordered, so equal inputs give equal bits.
+template <class F>
+static INLINE float fold(vf v, F f) {
+#if defined(__AVX512F__)
+    v = f(v, TURN(v, 8));
+#endif
+#if defined(__AVX2__)
+    v = f(v, TURN(v, 4));
+#endif
+    v = f(v, TURN(v, 2));
+    return f(v, TURN(v, 1))[0];
+}
 static INLINE float hsum(vf v) {
-    float lanes[VL];
-    store(lanes, v);
-    for (int half = VL / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    return fold(v, [](vf a, vf b) { return a + b; });
 }
-static INLINE float hmax(vf v) {
-    float lanes[VL];
-    store(lanes, v);
-    for (int half = VL / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
-}
+static INLINE float hmax(vf v) { return fold(v, vmax); }
 
 // exp to about 1 ulp of float32: range reduction by ln 2 in two parts, then the Cephes expf polynomial.
 // Arguments below -87 give about 1e-38, above 88 give about 1.7e38, NaN gives NaN; exp(0) is exactly 1.

@@ -13,7 +13,8 @@ constexpr long MLP_ROWS = 512;   // rows whose intermediates exist at a time
 struct Matrix {
     const void* weight;  // packed
     const float* bias;   // padded
-    int64_t out, in, bits, group;  // 32: float, 16: bfloat, 8 and 4: quantised in groups
+    int64_t out, in, kind, group;  // of FLOAT8 the group's logarithm
+    const float* scales;           // of FLOAT8
     const uint8_t* codebook;       // of 4 bits, or null
     const int64_t* order;          // of the inputs, or null
 };
@@ -45,8 +46,15 @@ struct Batch {
     const int64_t *positions, *slots;  // [num_tokens]
     const int64_t* logits_indices;     // [num_logits]
     const int32_t *query_starts, *context_lens, *block_tables;
-    float* kv;  // [num_layers][2][num_blocks][num_kv_heads][BLOCK_SIZE][head_dim]
+    char* kv;          // [num_layers][2][num_blocks][num_kv_heads][BLOCK_SIZE][head_dim]
+    float* kv_scales;  // the same without head_dim, of 8 bits; else null
+    int64_t kv_kind, kv_bytes;  // of an element
     int64_t num_tokens, num_logits, num_seqs, max_blocks, num_blocks, threads;
+    KvPool pool(long layer, long slots, long dim) const {
+        char* keys = kv + layer * 2 * slots * dim * kv_bytes;
+        float* scales = kv_scales ? kv_scales + layer * 2 * slots : nullptr;
+        return {keys, keys + slots * dim * kv_bytes, scales, scales ? scales + slots : nullptr, (int)kv_kind};
+    }
 };
 
 struct Pass {
@@ -55,11 +63,12 @@ struct Pass {
     int threads;
 
     void linear(const Matrix& matrix, const float* x, float* y, long rows) const {
-        if (matrix.bits >= 16)
-            mr_linear(x, matrix.weight, matrix.bits == 16, matrix.bias, y, rows, matrix.out, matrix.in, threads);
+        if (matrix.kind > INT8)
+            mr_linear(x, matrix.weight, matrix.kind, matrix.scales, matrix.group, matrix.bias, y, rows, matrix.out,
+                      matrix.in, threads);
         else
             mr_quantized_linear(x, (const uint8_t*)matrix.weight, matrix.codebook, matrix.order, matrix.bias, y, rows,
-                                matrix.out, matrix.in, matrix.group, matrix.bits, threads);
+                                matrix.out, matrix.in, matrix.group, matrix.kind, threads);
     }
     // y = norm(x + residual), where residual takes the sum; without a residual y = norm(x).
     void norm(const Norm& norm, const float* x, float* residual, float* y, long rows) const {
@@ -107,7 +116,6 @@ EXPORT int64_t mr_decoder(const Decoder* decoder_, const Batch* batch_, float* r
     const Pass pass{decoder, batch, (int)batch.threads};
     const long hidden = decoder.hidden, dim = decoder.head_dim;
     const long q_width = decoder.num_heads * dim, qkv_width = q_width + 2 * decoder.num_kv_heads * dim;
-    const long kv_stride = batch.num_blocks * decoder.num_kv_heads * BLOCK_SIZE * dim;
     long rows = batch.num_tokens;
     float* x = x_space.get(most(rows, batch.num_logits) * hidden);
     float* qkv = qkv_space.get(rows * qkv_width);
@@ -116,16 +124,15 @@ EXPORT int64_t mr_decoder(const Decoder* decoder_, const Batch* batch_, float* r
     for (long index = 0; index < decoder.num_layers; index++) {
         const Layer& layer = decoder.layers[index];
         const bool is_last = index + 1 == decoder.num_layers;
-        float *k_cache = batch.kv + index * 2 * kv_stride, *v_cache = k_cache + kv_stride;
+        const KvPool pool = batch.pool(index, batch.num_blocks * decoder.num_kv_heads * BLOCK_SIZE, dim);
         pass.linear(layer.qkv, x, qkv, rows);
         mr_qkv_to_cache(qkv, layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps, decoder.cos_sin,
-                        batch.positions, batch.slots, k_cache, v_cache, rows, decoder.num_heads, decoder.num_kv_heads,
-                        dim, decoder.rotary_dim, pass.threads);
+                        batch.positions, batch.slots, &pool, rows, decoder.num_heads, decoder.num_kv_heads, dim,
+                        decoder.rotary_dim, pass.threads);
         if (is_last && batch.num_logits == 0) return 0;
-        const long bad = mr_attention(qkv, k_cache, v_cache, batch.query_starts, batch.context_lens,
-                                      batch.block_tables, attended, batch.num_seqs, batch.max_blocks, batch.num_blocks,
-                                      decoder.num_heads, decoder.num_kv_heads, dim, qkv_width, layer.window,
-                                      layer.scale, pass.threads);
+        const long bad = mr_attention(qkv, &pool, batch.query_starts, batch.context_lens, batch.block_tables, attended,
+                                      batch.num_seqs, batch.max_blocks, batch.num_blocks, decoder.num_heads,
+                                      decoder.num_kv_heads, dim, qkv_width, layer.window, layer.scale, pass.threads);
         if (bad) return 4 + 4 * (bad - 1);
         if (is_last) {  // past the last keys and values only the rows that want logits matter
             rows = batch.num_logits;

@@ -140,6 +140,46 @@ INLINE void rotate(float* head, const float* cos, const float* sin, long half) {
     });
 }
 
+constexpr long BLOCK_SIZE = 16;  // slots per KV block
+
+// One head of a key or value into its slot of the pool. Of 8 bits the scale takes the largest magnitude to LIMIT; a NaN
+// or an infinity makes the scale a NaN, and so the whole head.
+template <class Kv>
+INLINE void write_head(const float* from, typename Kv::Element* to, float* scale, long dim) {
+    vf inverse = splat(1.0f);
+    if constexpr (Kv::SCALED) {
+        vi top{};  // magnitudes as integers order like floats, with NaN above all
+        each_vector(dim, [&](long i, long n) {
+            const vi bits = (vi)take(from + i, n) & 0x7fffffff;
+            top = bits > top ? bits : top;
+        });
+        int32_t lanes[VL], bits = 0;
+        memcpy(lanes, &top, sizeof lanes);
+        for (int32_t lane : lanes) bits = lane > bits ? lane : bits;
+        float largest;
+        memcpy(&largest, &bits, sizeof largest);
+        *scale = largest / Kv::LIMIT + largest * 0.0f;
+        inverse = splat(largest > 1e-30f ? Kv::LIMIT / largest : 0.0f);  // below, all is 0: no infinite factor
+    }
+    each_vector(dim, [&](long i, long n) {
+        vf v = take(from + i, n);
+        if constexpr (Kv::SCALED) v *= inverse;
+        const auto narrow = Kv::narrow(v);
+        memcpy(to + i, &narrow, n * sizeof *to);
+    });
+}
+
+// k, v [heads][dim] of one token into its slot.
+template <class Kv>
+INLINE void write_token(const float* k, const float* v, const KvPool& pool, int64_t slot, long heads, long dim) {
+    typedef typename Kv::Element Element;
+    for (long h = 0; h < heads; h++) {
+        const long to = (slot / BLOCK_SIZE * heads + h) * BLOCK_SIZE + slot % BLOCK_SIZE;
+        write_head<Kv>(k + h * dim, (Element*)pool.keys + to * dim, Kv::SCALED ? pool.key_scales + to : nullptr, dim);
+        write_head<Kv>(v + h * dim, (Element*)pool.values + to * dim, Kv::SCALED ? pool.value_scales + to : nullptr, dim);
+    }
+}
+
 }  // namespace
 
 // x [tokens][heads][dim] in place; cos_sin [positions][rotary_dim]. Returns 0, or 1 + the token with a bad position.
@@ -156,20 +196,15 @@ EXPORT long mr_rope(float* q, float* k, const float* cos_sin, const int64_t* pos
     return 0;
 }
 
-// k, v [tokens][heads][dim] -> caches [blocks][heads][16][dim]. Returns 0, or 1 + the token with a bad slot.
-EXPORT long mr_write_kv(const float* k, const float* v, float* k_cache, float* v_cache, const int64_t* slots,
-                        long tokens, long heads, long dim, long num_blocks) {
-    constexpr long BLOCK_SIZE = 16;
+// k, v [tokens][heads][dim] -> pool. Returns 0, or 1 + the token with a bad slot.
+EXPORT long mr_write_kv(const float* k, const float* v, const KvPool* pool, const int64_t* slots, long tokens, long heads,
+                        long dim, long num_blocks) {
     for (long t = 0; t < tokens; t++)
         if (slots[t] < 0 || slots[t] >= num_blocks * BLOCK_SIZE) return t + 1;
-    for (long t = 0; t < tokens; t++) {
-        const long block = slots[t] / BLOCK_SIZE, offset = slots[t] % BLOCK_SIZE;
-        for (long h = 0; h < heads; h++) {
-            const long to = ((block * heads + h) * BLOCK_SIZE + offset) * dim, from = (t * heads + h) * dim;
-            memcpy(k_cache + to, k + from, dim * sizeof(float));
-            memcpy(v_cache + to, v + from, dim * sizeof(float));
-        }
-    }
+    with_kv(pool->kind, [&](auto kv) {
+        for (long t = 0; t < tokens; t++)
+            write_token<decltype(kv)>(k + t * heads * dim, v + t * heads * dim, *pool, slots[t], heads, dim);
+    });
     return 0;
 }
 
@@ -177,9 +212,8 @@ EXPORT long mr_write_kv(const float* k, const float* v, float* k_cache, float* v
 // and rotated (if there is a table) in place, k and v go to their slots. qkv [tokens][(heads + 2 kv_heads) * dim];
 // positions and slots were checked by the caller.
 EXPORT void mr_qkv_to_cache(float* qkv, const float* q_norm, const float* k_norm, float eps, const float* cos_sin,
-                            const int64_t* positions, const int64_t* slots, float* k_cache, float* v_cache, long tokens,
-                            long heads, long kv_heads, long dim, long rotary_dim, int threads) {
-    constexpr long BLOCK_SIZE = 16;
+                            const int64_t* positions, const int64_t* slots, const KvPool* pool, long tokens, long heads,
+                            long kv_heads, long dim, long rotary_dim, int threads) {
     const long width = (heads + 2 * kv_heads) * dim;
 #pragma omp parallel for num_threads(team(tokens* width, threads)) schedule(static)
     for (long t = 0; t < tokens; t++) {
@@ -190,11 +224,6 @@ EXPORT void mr_qkv_to_cache(float* qkv, const float* q_norm, const float* k_norm
             const float* cos = cos_sin + positions[t] * rotary_dim;
             if (cos_sin) rotate(head, cos, cos + rotary_dim / 2, rotary_dim / 2);
         }
-        const long block = slots[t] / BLOCK_SIZE, offset = slots[t] % BLOCK_SIZE;
-        for (long h = 0; h < kv_heads; h++) {
-            const long to = ((block * kv_heads + h) * BLOCK_SIZE + offset) * dim;
-            memcpy(k_cache + to, k + h * dim, dim * sizeof(float));
-            memcpy(v_cache + to, v + h * dim, dim * sizeof(float));
-        }
+        with_kv(pool->kind, [&](auto kv) { write_token<decltype(kv)>(k, v, *pool, slots[t], kv_heads, dim); });
     }
 }

@@ -1,7 +1,8 @@
 // y = x @ W^T + b with W packed in panels of PW output features.
 //
-// Packed layout: [panel][k][PW], float32, or bfloat16 pairs: the 32-bit word i of a row of a panel holds feature i in
-// its low half and feature VL + i in its high half, so that one load and two cheap operations give two vectors.
+// Packed layout: [panel][k][PW] of float32, float16 or float8_e4m3fn, or bfloat16 pairs: the 32-bit word i of a row of a
+// panel holds feature i in its low half and feature VL + i in its high half, so that one load and two cheap operations
+// give two vectors. float8 has a scale for each group of k of an output, [panel][group][PW] float32.
 // Each output element is one chain of fused multiply-adds over k = 0 .. K-1, begun at the bias, wherever the tiles,
 // blocks and threads fall: a row's result has the same bits for every number of rows in the batch.
 
@@ -26,11 +27,59 @@ struct Pair {
     vf low, high;
 };
 
-INLINE Pair load_weights(const float* w, long k) { return {load(w + k * PW), load(w + k * PW + VL)}; }
-INLINE Pair load_weights(const uint32_t* w, long k) {
-    vu word = *(const vu_any*)(w + k * VL);
-    return {(vf)(word << 16), (vf)(word & 0xffff0000u)};
-}
+struct Problem {
+    const float* x;       // [m][k]
+    const char* w;        // packed
+    const float* scales;  // of float8
+    const float* bias;    // [panels * PW]
+    float* y;             // [m][n]
+    long m, n, k, group_bits;
+};
+
+// Weights of a panel from some k on, one kind of storage each: a row of PW as two vectors of float32.
+struct Float {
+    static constexpr long size = 4;
+    const char* w;
+    Float(const Problem&, const char* w, long, long) : w(w) {}
+    explicit Float(const float* wide) : w((const char*)wide) {}
+    INLINE Pair row(long k) const { return {load((const float*)w + k * PW), load((const float*)w + k * PW + VL)}; }
+};
+struct Bfloat {
+    static constexpr long size = 2;
+    const char* w;
+    Bfloat(const Problem&, const char* w, long, long) : w(w) {}
+    INLINE Pair row(long k) const {
+        vu word = *(const vu_any*)(w + k * PW * 2);
+        return {(vf)(word << 16), (vf)(word & 0xffff0000u)};
+    }
+};
+struct Half {
+    static constexpr long size = 2;
+    const char* w;
+    Half(const Problem&, const char* w, long, long) : w(w) {}
+    INLINE Pair row(long k) const { return {load_halves(w + k * PW * 2), load_halves(w + k * PW * 2 + VL * 2)}; }
+};
+struct Float8 {
+    static constexpr long size = 1;
+    const char* w;
+    const float* scales;
+    long first, group_bits;
+    Float8(const Problem& p, const char* w, long panel, long k0)
+        : w(w), scales(p.scales + panel * (((p.k - 1) >> p.group_bits) + 1) * PW), first(k0), group_bits(p.group_bits) {}
+    INLINE Pair row(long k) const {
+        const float* scale = scales + ((first + k) >> group_bits) * PW;
+        return {value(w + k * PW) * load(scale), value(w + k * PW + VL) * load(scale + VL)};
+    }
+    // Sign, exponent and mantissa moved into those of a float16 are the number over 256, subnormal ones too; the sign
+    // of the shifted byte comes along by arithmetic. NaN would become 480, and is refused before.
+    static INLINE vf value(const char* from) {
+        typedef int8_t codes_any __attribute__((vector_size(VL), aligned(1), may_alias));
+        typedef int16_t shorts __attribute__((vector_size(VL * 2)));
+        shorts wide = __builtin_convertvector(*(const codes_any*)from, shorts);
+        wide = (wide << 7) & (short)0xbfff;
+        return load_halves(&wide) * 256.0f;
+    }
+};
 // What to fetch while a tile computes: `step` bytes of the weight stream for each k, from `from` on.
 struct Ahead {
     const char* from;
@@ -39,7 +88,7 @@ struct Ahead {
 
 // One register tile: c[R][PW] = start + a[k][R]^T w[k][PW]. start is c itself, or the bias with stride 0.
 template <int R, class W>
-void tile(const float* a, const W* w, long k, Ahead ahead, const float* start, long start_stride, float* c,
+void tile(const float* a, W w, long k, Ahead ahead, const float* start, long start_stride, float* c,
           long c_stride) {
     vf low[R], high[R];
 #pragma GCC unroll 16
@@ -52,7 +101,7 @@ void tile(const float* a, const W* w, long k, Ahead ahead, const float* start, l
         for (long i = 0; i < k; i++) {
             for (int line = 0; line < lines; line++) __builtin_prefetch(ahead.from + line * 64, 0, 2);
             ahead.from += ahead.step;
-            Pair weights = load_weights(w, i);
+            Pair weights = w.row(i);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
                 vf x = splat(a[i * R + r]);
@@ -73,7 +122,7 @@ void tile(const float* a, const W* w, long k, Ahead ahead, const float* start, l
 }
 
 template <class W>
-using Tile = void (*)(const float*, const W*, long, Ahead, const float*, long, float*, long);
+using Tile = void (*)(const float*, W, long, Ahead, const float*, long, float*, long);
 
 template <class W, int... R>
 struct Tiles {
@@ -92,14 +141,6 @@ struct Rows {
     long tiles, base, extra;
     explicit Rows(long m) : tiles(ceil_div(m, MR)), base(m / tiles), extra(m % tiles) {}
     long begin(long t) const { return t * base + least(t, extra); }
-};
-
-struct Problem {
-    const float* x;     // [m][k]
-    const void* w;      // packed
-    const float* bias;  // [panels * PW]
-    float* y;           // [m][n]
-    long m, n, k;
 };
 
 // x as [k block][tile][k][R], the order in which tiles read it.
@@ -133,12 +174,13 @@ void pack_rows(const Problem& p, const Rows& rows, long block_k, float* out, lon
 
 template <class W>
 INLINE const char* weights_at(const Problem& p, long panel) {
-    return (const char*)p.w + panel * p.k * PW * (__is_same(W, float) ? 4 : 2);
+    return p.w + panel * p.k * PW * W::size;
 }
 
-void widen(const uint32_t* w, long k, float* out) {
+template <class W>
+void widen(W w, long k, float* out) {
     for (long i = 0; i < k; i++) {
-        Pair pair = load_weights(w, i);
+        Pair pair = w.row(i);
         store(out + i * PW, pair.low);
         store(out + i * PW + VL, pair.high);
     }
@@ -147,15 +189,15 @@ void widen(const uint32_t* w, long k, float* out) {
 // All k of tiles [t0, t1) against panels [n0, n1).
 template <class W>
 void multiply(const Problem& p, const Rows& rows, long block_k, const float* a, long t0, long t1, long n0, long n1) {
-    constexpr bool narrow = !__is_same(W, float);
-    constexpr long row_bytes = PW * (narrow ? 2 : 4);
+    constexpr bool narrow = !__is_same(W, Float);
+    constexpr long row_bytes = PW * W::size;
     alignas(64) float edge[MR * PW];       // a tile of the last panel, which may be narrower than PW
     alignas(64) float wide[BLOCK_K * PW];  // a block of a panel, widened
     const bool widening = narrow && t1 - t0 >= WIDEN_TILES;
     for (long k0 = 0; k0 < p.k; k0 += block_k) {
         long kc = least(block_k, p.k - k0);
         for (long index = n0; index < n1; index++) {
-            const W* w = (const W*)(weights_at<W>(p, index) + k0 * row_bytes);
+            const W w(p, weights_at<W>(p, index) + k0 * row_bytes, index, k0);
             if constexpr (narrow)
                 if (widening) widen(w, kc, wide);
             const char* next = index + 1 < n1 ? weights_at<W>(p, index + 1) + k0 * row_bytes
@@ -174,10 +216,10 @@ void multiply(const Problem& p, const Rows& rows, long block_k, const float* a, 
                 long start_stride = k0 ? stride : 0;
                 // One tile streams just ahead of itself; several share out the fetching of the next block.
                 long share = ceil_div(row_bytes, t1 - t0);
-                Ahead ahead = t1 - t0 == 1 ? Ahead{(const char*)w + STREAM_AHEAD, row_bytes}
+                Ahead ahead = t1 - t0 == 1 ? Ahead{w.w + STREAM_AHEAD, row_bytes}
                                            : Ahead{next + (t - t0) * share * kc, share};
                 if (widening)
-                    AllTiles<float>::table[height](from, wide, kc, ahead, start, start_stride, c, stride);
+                    AllTiles<Float>::table[height](from, Float(wide), kc, ahead, start, start_stride, c, stride);
                 else
                     AllTiles<W>::table[height](from, w, kc, ahead, start, start_stride, c, stride);
                 if (columns < PW)
@@ -219,57 +261,73 @@ void linear(const Problem& p, int threads) {
     }
 }
 
+// Where output j of a panel lies in a row of it.
+INLINE long place(int kind, int j) { return kind == BFLOAT16 ? (j % VL) * 2 + j / VL : j; }
+
 }  // namespace
 
 EXPORT long mr_panel_width() { return PW; }
 
-// x [m][k], w packed, bias [ceil(n / PW) * PW], y [m][n].
-EXPORT void mr_linear(const float* x, const void* w, int bf16, const float* bias, float* y, long m, long n, long k,
-                      int threads) {
+// x [m][k], w packed as `kind`, scales of float8 for groups of 2^group_bits of k, bias [ceil(n / PW) * PW], y [m][n].
+EXPORT void mr_linear(const float* x, const void* w, int kind, const float* scales, long group_bits, const float* bias,
+                      float* y, long m, long n, long k, int threads) {
     for (long m0 = 0; m0 < m; m0 += SUPER_M) {
-        Problem p{x + m0 * k, w, bias, y + m0 * n, least(SUPER_M, m - m0), n, k};
-        if (bf16)
-            linear<uint32_t>(p, threads);
+        Problem p{x + m0 * k, (const char*)w, scales, bias, y + m0 * n, least(SUPER_M, m - m0), n, k, group_bits};
+        if (kind == FLOAT)
+            linear<Float>(p, threads);
+        else if (kind == BFLOAT16)
+            linear<Bfloat>(p, threads);
+        else if (kind == FLOAT16)
+            linear<Half>(p, threads);
         else
-            linear<float>(p, threads);
+            linear<Float8>(p, threads);
     }
 }
 
-// w [n][k] of float32 or bfloat16 -> out [panels][k][PW] of the same; features past n are zero.
-EXPORT void mr_pack(const void* w, int bf16, void* out, long n, long k, int threads) {
-    long panels = ceil_div(n, PW);
-    ask_for_huge_pages(out, panels * k * PW * (bf16 ? 2 : 4));
+// w [n][k] -> out [panels][k][PW] of the same kind; features past n are zero.
+EXPORT void mr_pack(const void* w, int kind, void* out, long n, long k, int threads) {
+    const long size = kind == FLOAT ? 4 : kind == FLOAT8 ? 1 : 2, panels = ceil_div(n, PW);
+    ask_for_huge_pages(out, panels * k * PW * size);
+    auto pack = [&]<class T>(const T* from, T* to) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long index = 0; index < panels; index++) {
-        for (int j = 0; j < PW; j++) {
-            long row = index * PW + j;
-            if (bf16) {
-                const uint16_t* from = (const uint16_t*)w + row * k;
-                uint16_t* to = (uint16_t*)out + index * k * PW + (j % VL) * 2 + j / VL;
-                for (long i = 0; i < k; i++) to[i * PW] = row < n ? from[i] : 0;
-            } else {
-                const float* from = (const float*)w + row * k;
-                float* to = (float*)out + index * k * PW + j;
-                for (long i = 0; i < k; i++) to[i * PW] = row < n ? from[i] : 0.0f;
+        for (long index = 0; index < panels; index++)
+            for (int j = 0; j < PW; j++) {
+                const long row = index * PW + j;
+                T* column = to + index * k * PW + place(kind, j);
+                for (long i = 0; i < k; i++) column[i * PW] = row < n ? from[row * k + i] : T{};
             }
-        }
-    }
+    };
+    if (size == 4)
+        pack((const float*)w, (float*)out);
+    else if (size == 2)
+        pack((const uint16_t*)w, (uint16_t*)out);
+    else
+        pack((const uint8_t*)w, (uint8_t*)out);
 }
 
 // Rows of the original matrix: y [count][k] = w[tokens[i]][:]. Returns 0, or 1 + the index of a token outside [0, n).
-EXPORT long mr_unpack_rows(const void* w, int bf16, const int64_t* tokens, float* y, long count, long n, long k) {
+EXPORT long mr_unpack_rows(const void* w, int kind, const float* scales, long group_bits, const int64_t* tokens, float* y,
+                           long count, long n, long k) {
     for (long t = 0; t < count; t++)
         if (tokens[t] < 0 || tokens[t] >= n) return t + 1;
-    for (long t = 0; t < count; t++) {
-        long index = tokens[t] / PW, j = tokens[t] % PW;
-        for (long i = 0; i < k; i++) {
-            if (bf16) {
-                uint32_t bits = (uint32_t)((const uint16_t*)w)[(index * k + i) * PW + (j % VL) * 2 + j / VL] << 16;
-                memcpy(y + t * k + i, &bits, 4);
-            } else {
-                y[t * k + i] = ((const float*)w)[(index * k + i) * PW + j];
+    const Problem p{nullptr, (const char*)w, scales, nullptr, nullptr, 0, n, k, group_bits};
+    auto unpack = [&]<class W>(const W* /* which kind */) {
+        for (long t = 0; t < count; t++) {
+            const long index = tokens[t] / PW, j = tokens[t] % PW;
+            const W panel(p, weights_at<W>(p, index), index, 0);
+            for (long i = 0; i < k; i++) {
+                const Pair row = panel.row(i);
+                y[t * k + i] = j < VL ? row.low[j] : row.high[j - VL];
             }
         }
-    }
+    };
+    if (kind == FLOAT)
+        unpack((const Float*)nullptr);
+    else if (kind == BFLOAT16)
+        unpack((const Bfloat*)nullptr);
+    else if (kind == FLOAT16)
+        unpack((const Half*)nullptr);
+    else
+        unpack((const Float8*)nullptr);
     return 0;
 }

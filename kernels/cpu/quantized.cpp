@@ -14,20 +14,16 @@
 
 #include <cmath>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
 constexpr int PW = 2 * VL;               // outputs per panel
 constexpr long HEADER = PW * 4;          // bytes of scales and zeros of a panel's group
 constexpr long BLOCK_BYTES = 512 << 10;  // quantised rows that stay in L2 beside a panel
-constexpr long STREAM_AHEAD = 4096;      // bytes fetched ahead in the weight stream
+constexpr long UNPACK_TILES = 3;         // row tiles from which it pays to widen 4-bit weights once for all
 constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
 
 typedef uint8_t bytes_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
-typedef _Float16 halves_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
+
 typedef int8_t small_signed __attribute__((vector_size(VL)));
 
 // sum + the dot products of four unsigned bytes of w with four signed bytes of x, in each 32-bit lane.
@@ -153,9 +149,15 @@ INLINE vi splat_bytes(const int8_t* from) {
     return word - vi{};
 }
 
+// What is multiplied next, to be fetched meanwhile: `step` bytes for each four inputs.
+struct Ahead {
+    const uint8_t* from;
+    long step;
+};
+
 template <int BITS, bool BOOK, int R>
 void tile(const Problem& p, const int8_t* values, const float* scales, const float* sums, const uint8_t* w,
-          const float* bias, float* c, long c_stride) {
+          const float* bias, float* c, long c_stride, Ahead ahead) {
     constexpr long step = VL * BITS;  // bytes of four inputs: VL * 4 for 4 bits, twice that for 8
     vf low[R], high[R];
 #pragma GCC unroll 16
@@ -171,8 +173,9 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) sum_low[r] = sum_high[r] = vi{};
         const uint8_t* from = w + HEADER;
-        for (long i = 0; i < p.group / 4; i++, values += R * 4, from += step) {
-            for (long line = 0; line < step; line += 64) __builtin_prefetch(from + STREAM_AHEAD + line, 0, 2);
+        __builtin_prefetch(ahead.from + 64, 0, 2);
+        for (long i = 0; i < p.group / 4; i++, values += R * 4, from += step, ahead.from += ahead.step) {
+            for (long line = 0; line < step; line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
             vi w_low, w_high;
             load_bytes<BITS>(from, &w_low, &w_high);
             if constexpr (BOOK) {
@@ -186,10 +189,8 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
                 sum_high[r] = dot(sum_high[r], w_high, x);
             }
         }
-        const vf scale_low = __builtin_convertvector(*(const halves_any*)w, vf);
-        const vf scale_high = __builtin_convertvector(*(const halves_any*)(w + VL * 2), vf);
-        const vf zero_low = __builtin_convertvector(*(const halves_any*)(w + PW * 2), vf);
-        const vf zero_high = __builtin_convertvector(*(const halves_any*)(w + PW * 2 + VL * 2), vf);
+        const vf scale_low = load_halves(w), scale_high = load_halves(w + VL * 2);
+        const vf zero_low = load_halves(w + PW * 2), zero_high = load_halves(w + PW * 2 + VL * 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const vf sum = splat(sums[r]), scale = splat(scales[r]);
@@ -205,7 +206,7 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
 }
 
 using Tile = void (*)(const Problem&, const int8_t*, const float*, const float*, const uint8_t*, const float*, float*,
-                      long);
+                      long, Ahead);
 template <int BITS, bool BOOK, int... R>
 struct Tiles {
     static constexpr Tile table[] = {nullptr, tile<BITS, BOOK, R>...};
@@ -217,6 +218,29 @@ using AllTiles = Tiles<BITS, BOOK, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
 template <int BITS, bool BOOK>
 using AllTiles = Tiles<BITS, BOOK, 1, 2, 3, 4, 5, 6>;
 #endif
+
+// A panel of 4 bits as one of 8.
+template <bool BOOK>
+void unpack_panel(const Problem& p, const uint8_t* w, uint8_t* to) {
+    vi book{};
+    if constexpr (BOOK)
+        for (long i = 0; i < VL; i += 4) memcpy((char*)&book + i * 4, p.codebook, 16);
+    for (long g = 0; g < p.groups(); g++) {
+        memcpy(to, w, HEADER);
+        to += HEADER;
+        w += HEADER;
+        for (long i = 0; i < p.group / 4; i++, w += VL * 4, to += VL * 8) {
+            vi low, high;
+            load_bytes<4>(w, &low, &high);
+            if constexpr (BOOK) {
+                low = look_up(book, low);
+                high = look_up(book, high);
+            }
+            memcpy(to, &low, VL * 4);
+            memcpy(to + VL * 4, &high, VL * 4);
+        }
+    }
+}
 
 template <int BITS, bool BOOK>
 void multiply(const Problem& p, int threads) {
@@ -235,6 +259,9 @@ void multiply(const Problem& p, int threads) {
     if (!shared) quantise_tile(0);
     const long block_tiles = most(1, BLOCK_BYTES / (p.k * MR)), row_blocks = ceil_div(rows.tiles, block_tiles);
     const long step = most(1, least(8, panels / (threads * 8))), steps = ceil_div(panels, step);
+    const long tasks = steps * row_blocks, panel_bytes = groups * p.group_bytes();
+    Problem eight = p;  // the same with its panels unpacked
+    eight.bits = 8;
     std::atomic<long> next{0};
 #pragma omp parallel num_threads(threads)
     {
@@ -242,20 +269,34 @@ void multiply(const Problem& p, int threads) {
             for (long t = omp_get_thread_num(); t < rows.tiles; t += omp_get_num_threads()) quantise_tile(t);
 #pragma omp barrier
         }
+        static thread_local Scratch unpacked_space;
         alignas(64) float edge[MR * PW];  // a tile of the last panel, which may be narrower than PW
-        for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < steps * row_blocks;) {
+        auto grab = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+        for (long task = grab(), upcoming; task < tasks; task = upcoming) {
+            upcoming = grab();  // now, so that its first panel can be fetched while the last of this task is in work
             const long t0 = task % row_blocks * block_tiles, t1 = least(t0 + block_tiles, rows.tiles);
             const long n0 = task / row_blocks * step, n1 = least(n0 + step, panels);
+            const bool unpacks = BITS == 4 && t1 - t0 >= UNPACK_TILES;
+            const Tile* tiles = unpacks ? AllTiles<8, false>::table : AllTiles<BITS, BOOK>::table;
             for (long index = n0; index < n1; index++) {
-                const uint8_t* w = p.w + index * groups * p.group_bytes();
+                const uint8_t* w = p.w + index * panel_bytes;
+                // The panel after this one is fetched in equal parts while the tiles of this one are multiplied.
+                const long after = index + 1 < n1 ? index + 1 : upcoming < tasks ? upcoming / row_blocks * step : index;
+                const long part = panel_bytes / (t1 - t0);
+                if (unpacks) {
+                    uint8_t* wide = (uint8_t*)unpacked_space.get(groups * eight.group_bytes() / 4);
+                    unpack_panel<BOOK>(p, w, wide);
+                    w = wide;
+                }
                 const long columns = least(PW, p.n - index * PW);
                 for (long t = t0; t < t1; t++) {
                     const long first = rows.begin(t), height = rows.begin(t + 1) - first;
                     float* y = p.y + first * p.n + index * PW;
                     const bool whole = columns == PW;
-                    AllTiles<BITS, BOOK>::table[height](p, values + first * p.k, scales + first * groups,
-                                                  sums + first * groups, w, p.bias + index * PW, whole ? y : edge,
-                                                  whole ? p.n : PW);
+                    const Ahead ahead{p.w + after * panel_bytes + (t - t0) * part, ceil_div(part * 4, p.k)};
+                    tiles[height](unpacks ? eight : p, values + first * p.k, scales + first * groups,
+                                  sums + first * groups, w, p.bias + index * PW, whole ? y : edge, whole ? p.n : PW,
+                                  ahead);
                     for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
                 }
             }

@@ -421,11 +421,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) mr_attention_dec
     extern __shared__ __align__(16) char shared[];
     char* ring = shared + Q_BYTES;
     const int kv_head = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto item_of = [&](int item) {
+        return *reinterpret_cast<const int4*>(p.table + 4 * (1 + static_cast<i64>(item)));
+    };
+    // The first item comes beside the number of items, not behind it: the table has a place for every slot.
+    int4 work = item_of(blockIdx.y);
     const int num_items = p.table[0];
     char* stages = ring + warp * STAGES * STAGE_BYTES;
 
     for (int item = blockIdx.y; item < num_items; item += gridDim.y) {
-        const int4 work = *reinterpret_cast<const int4*>(p.table + 4 * (1 + static_cast<i64>(item)));
         const int seq = work.x, end_page = work.y + work.z;
         const int context_len = p.context_lens[seq];
         const int first_key = p.window > 0 ? max(0, context_len - p.num_queries + 1 - p.window) : 0;
@@ -493,6 +497,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) mr_attention_dec
             stage = stage + 1 < STAGES ? stage + 1 : 0;
         }
         finish_item(p, item, seq, kv_head, work.w & 0xffff, work.w >> 16, acc, ring);
+        if (item + static_cast<int>(gridDim.y) < num_items) work = item_of(item + gridDim.y);
         __syncthreads();  // shared memory is free for the next item
     }
 }

@@ -106,8 +106,13 @@ MR_DEVICE void widen_tile(const char* raw, char* wide) {
             pairs[2 * w + 1] = even >> 16 | (odd & 0xffff0000u);
         }
         char* to = wide + i / CHUNKS * STRIDE + i % CHUNKS * 32;
-        store16(to, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-        store16(to + 16, make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]));
+        // Eight lanes store at a time: those of a row's second 128 bytes begin with the other half, so that no two meet
+        // in a bank.
+        const int second = i % CHUNKS & 4;
+        const uint4 halves[2] = {make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]),
+                                 make_uint4(pairs[4], pairs[5], pairs[6], pairs[7])};
+        store16(to + (second ? 16 : 0), second ? halves[1] : halves[0]);
+        store16(to + (second ? 0 : 16), second ? halves[0] : halves[1]);
     }
 }
 
@@ -199,33 +204,34 @@ MR_DEVICE void score_tile(const AttentionPrefillParams& p, const Rows& rows, int
 MR_DEVICE void update_softmax(Rows& rows, const float* value_scales, float (&scores)[TILE_TOKENS / 8][4],
                               float (&out)[2 * KSTEPS][4]) {
     const int t = threadIdx.x % 4;
-    float factor[2];
+    float base[2], factor[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float top = -MR_INF;
 #pragma unroll
         for (int i = 0; i < TILE_TOKENS / 8; i++) top = fmaxf(top, fmaxf(scores[i][2 * h], scores[i][2 * h + 1]));
         top = fmaxf(rows.max[h], warp_max<4>(top));
-        const float base = finite_max(top);
-        factor[h] = exp2_approx(rows.max[h] - base);
+        base[h] = finite_max(top);
+        factor[h] = exp2_approx(rows.max[h] - base[h]);
         rows.max[h] = top;
-        float sum = 0.0f;
+    }
 #pragma unroll
-        for (int i = 0; i < TILE_TOKENS / 8; i++) {
+    for (int i = 0; i < TILE_TOKENS / 8; i++) {
 #pragma unroll
-            for (int j = 2 * h; j < 2 * h + 2; j++) {
-                scores[i][j] = exp2_approx(scores[i][j] - base);
-                if constexpr (QUANTISED<KV>) {
-                    // a masked weight is 0, and the scale of an unused slot may be anything
-                    const float scale = fmaxf(value_scales[i * 8 + 2 * t + j % 2], 1e-30f);
-                    if (scores[i][j] > 0.0f) sum += scores[i][j] * reciprocal_approx(scale);
-                } else {
-                    sum += scores[i][j];
-                }
+        for (int j = 0; j < 2; j++) {
+            // The scale of an unused slot may be anything; its weight is 0, and fmaxf makes a number of a NaN.
+            const float inverse =
+                QUANTISED<KV> ? reciprocal_approx(fmaxf(value_scales[i * 8 + 2 * t + j], 1e-30f)) : 1.0f;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float& score = scores[i][2 * h + j];
+                score = exp2_approx(score - base[h]);
+                sum[h] += QUANTISED<KV> ? score * inverse : score;
             }
         }
-        rows.sum[h] = rows.sum[h] * factor[h] + sum;
     }
+#pragma unroll
+    for (int h = 0; h < 2; h++) rows.sum[h] = rows.sum[h] * factor[h] + sum[h];
     if (__ballot_sync(FULL_WARP, factor[0] != 1.0f || factor[1] != 1.0f) == 0) return;  // the rule after some tiles
 #pragma unroll
     for (int i = 0; i < 2 * KSTEPS; i++)

@@ -133,7 +133,8 @@ MR_DEVICE uint4 load16(const void* address) {
     return *static_cast<const uint4*>(address);
 }
 
-// For what is read once and never written by the running kernel: keeps it out of L1.
+// For what is read once: keeps it out of L1. Nobody may write it while the kernel runs: .nc goes through a path that
+// sees no writes, and the compiler may move or repeat what is not volatile.
 MR_DEVICE uint4 load16_streaming(const void* address) {
 #ifdef MR_HOST
     return load16(address);

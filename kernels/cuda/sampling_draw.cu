@@ -181,10 +181,12 @@ MR_DEVICE Prefix measure(const Workspace& w, const LogitRow& logits, const Filte
     return Prefix{block_add(count), mass};
 }
 
-// Any filters, any distribution; without filters w.mass is there already, and one round of draws is all.
+// Any filters, any distribution; without filters w.mass is there already, and one round of draws is all. What min_p and
+// top_k keep reaches the logit `start`.
 MR_DEVICE i32 draw_by_rejection(const Workspace& w, const LogitRow& logits, const Filters& f, const SamplingRow& state,
-                                bool filtered) {
-    u64 bound = likelihood_key(LOWEST, NO_PLACE);
+                                float start, bool filtered) {
+    const u64 all = likelihood_key(start, NO_PLACE);
+    u64 bound = all;
     u64 low = likelihood_key(f.top, 0), high = bound;  // at most top_k ids come before low, more before high
     bool cut_known = false;
     float wanted = 0.0f;
@@ -196,7 +198,7 @@ MR_DEVICE i32 draw_by_rejection(const Workspace& w, const LogitRow& logits, cons
                 if (before.mass < wanted || before.count == 0) return id;
             } else {
                 // Bisection for the key that exactly top_k ids come before; keys are distinct, so there is one.
-                const bool short_row = before.count < f.top_k && bound == likelihood_key(LOWEST, NO_PLACE);
+                const bool short_row = before.count < f.top_k && bound == all;
                 if (f.top_k > 0 && before.count != f.top_k && !short_row) {
                     if (before.count < f.top_k) {
                         low = bound;
@@ -272,8 +274,8 @@ MR_DEVICE i32 draw_from_candidates(const Workspace& w, const Filters& f, i32 cou
 MR_DEVICE i32 draw(const Workspace& w, const LogitRow& logits, const Filters& f, const SamplingRow& state, float mass) {
     const bool cut = f.top_k > 0 || f.min_p > 0.0f;
     const bool filtered = cut || f.top_p < 1.0f;
+    float bound = LOWEST;
     if (filtered) {
-        float bound = LOWEST;
         if (f.top_k > 0 || !cut) {
             const i32 k = f.top_k > 0 ? f.top_k : max(1, min(FEW_BLOCKS, w.num_blocks / 2));
             if (k <= w.num_blocks) bound = kth_largest_maximum(w, k);
@@ -290,7 +292,7 @@ MR_DEVICE i32 draw(const Workspace& w, const LogitRow& logits, const Filters& f,
             if (token >= 0) return token;
         }
     }
-    return draw_by_rejection(w, logits, f, state, filtered);
+    return draw_by_rejection(w, logits, f, state, cut ? bound : LOWEST, filtered);
 }
 
 // Counts the token in the row's list. Returns false, and counts nothing, if it is new and the list is full.

@@ -126,18 +126,20 @@ MR_DEVICE void visit_listed(const Workspace& w, const LogitRow& logits, i32 num_
     }
 }
 
-// Puts the keys of all ids whose logit reaches the bound into w.keys, in order of likelihood. Returns their number; if
-// that is above MAX_CANDIDATES, w.keys holds nothing of use.
+// Puts the keys of all ids whose logit reaches the bound into w.keys, in order of likelihood. Returns their number, or
+// one above MAX_CANDIDATES: then there are more than that, and w.keys holds nothing of use.
 MR_DEVICE i32 ordered_candidates(const Workspace& w, const LogitRow& logits, float bound) {
     const i32 num_listed = list_blocks(w, bound);
     if (threadIdx.x == 0) w.counters[1] = 0;
     __syncthreads();
+    bool full = false;  // then this thread stops counting: the number only has to be too large
     visit_listed<2>(w, logits, num_listed, [&](i32, const float(&x)[4], i32 id) {
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
-            if (!(x[i] >= bound)) continue;
+            if (full || !(x[i] >= bound)) continue;
             const i32 place = atomicAdd(&w.counters[1], 1);
-            if (place < MAX_CANDIDATES) w.keys[place] = likelihood_key(x[i], id + i);
+            full = place >= MAX_CANDIDATES;
+            if (!full) w.keys[place] = likelihood_key(x[i], id + i);
         }
     });
     __syncthreads();

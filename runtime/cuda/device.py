@@ -8,13 +8,19 @@ step must not wait behind a long prefill that was launched before it.
 
 import queue
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from millrace.runtime.cuda.driver import CudaDriver
 from millrace.runtime.device import DeviceLostError, Stream, Work
 from millrace.runtime.world import World
+
+
+class Mark(NamedTuple):
+    """In a lane's queue: a callback for when everything before it is done."""
+
+    callback: Work
 
 
 class CudaDevice:
@@ -38,8 +44,7 @@ class CudaDevice:
         self._lanes[stream.name].work.put(work)
 
     def notify(self, stream: Stream, callback: Work) -> None:
-        lane = self._lanes[stream.name]
-        lane.work.put(lambda: lane.mark(callback))
+        self._lanes[stream.name].work.put(Mark(callback))
 
     def check(self) -> None:
         if self._failure is not None:
@@ -62,7 +67,7 @@ class _Lane:
     """One stream, the thread that enqueues on it, and the thread that waits for its events."""
 
     def __init__(self, device: CudaDevice, driver: CudaDriver, stream: Stream) -> None:
-        self.work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self.work: queue.SimpleQueue[Work | Mark | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[tuple[Any, Work] | None] = queue.SimpleQueue()
         self._device = device
         self._driver = driver
@@ -74,11 +79,11 @@ class _Lane:
         for thread in self._threads:
             thread.start()
 
-    def mark(self, callback: Work) -> None:
-        """On the lane thread: calls back once everything enqueued so far is done."""
+    def _mark(self, callback: Work) -> None:
+        """Calls back once everything enqueued so far is done."""
         try:
             event = self._driver.record()
-        except RuntimeError as error:  # a device that has failed takes no events either
+        except Exception as error:  # a device that has failed takes no events either
             self._device.reported(callback, error)
             return
         self._events.put((event, callback))
@@ -90,10 +95,20 @@ class _Lane:
         self._threads[1].join()
 
     def _enqueue(self) -> None:
-        self._driver.use(self._stream)
+        failure: Exception | None = None
+        try:
+            self._driver.use(self._stream)
+        except Exception as error:  # nothing can be enqueued then, and every mark says so
+            failure = error
         with torch.inference_mode():
             while (work := self.work.get()) is not None:
-                work()
+                if not isinstance(work, Mark):
+                    if failure is None:
+                        work()
+                elif failure is None:
+                    self._mark(work.callback)
+                else:
+                    self._device.reported(work.callback, failure)
                 del work  # the last step's tensors must not live until the next step comes
 
     def _wait(self) -> None:
@@ -101,7 +116,7 @@ class _Lane:
             event, callback = marked
             try:
                 self._driver.synchronize(event)
-            except RuntimeError as error:  # sticky: every later call fails as well, so that the queue drains
+            except Exception as error:  # sticky: every later call fails as well, so that the queue drains
                 self._device.reported(callback, error)
             else:
                 self._device.reported(callback, None)

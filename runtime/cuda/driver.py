@@ -116,6 +116,7 @@ class TorchDriver:
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def synchronize(self, event: Any) -> None:
+        self._enter()
         event.synchronize()
 
     def drain(self) -> None:
@@ -146,10 +147,17 @@ class TorchDriver:
         graph.replay()
 
     def pinned(self, num_bytes: int) -> Tensor:
+        self._enter()
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def memory(self) -> DeviceMemory:
+        self._enter()
         return DeviceMemory(*torch.cuda.mem_get_info(self.device))
 
     def release_cached(self) -> None:
+        self._enter()
         torch.cuda.empty_cache()
+
+    def _enter(self) -> None:
+        """In whatever thread: without a current device of its own it would make a context on device 0."""
+        torch.cuda.set_device(self.device)

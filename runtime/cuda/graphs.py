@@ -28,7 +28,7 @@ class DecodeGraphs:
 
     Attributes:
         sizes: that are to be captured, rising.
-        refused: why no more are, in words; empty if all are. Batches without a graph are launched op by op.
+        refused: why there are none, in words; empty if all are. Batches without a graph are launched op by op.
         capture_bytes: what each capture took of the device, in their order.
     """
 
@@ -51,7 +51,8 @@ class DecodeGraphs:
     def capture(self, progress: Callable[[int, int], None] = lambda done, total: None, most: int | None = None) -> None:
         """On the lane's thread, before any step: the largest first, so that the smaller ones live in its memory.
 
-        What cannot be captured (an op that reads back from the device) is said in `refused`.
+        What cannot be captured (an op that reads back from the device) is said in `refused`; then no size has a graph,
+        since a broken capture may leave the pool that all share in a state of its own. Raises torch.OutOfMemoryError.
         """
         for done, size in enumerate(list(reversed(self.sizes))[:most], 1):
             # Once for real: modules are loaded and libraries take their workspaces outside of any capture.
@@ -60,9 +61,13 @@ class DecodeGraphs:
             before = self._driver.memory().free
             try:
                 graph = self._driver.capture(partial(self._keep, size), self._pool)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 self.refused = f"a step of {size} sequences cannot be captured: {reason}"
+                self._graphs.clear()
+                self._pool = None
                 return
             self.capture_bytes.append(before - self._driver.memory().free)
             self._pool = self._driver.pool_of(graph)

@@ -19,7 +19,7 @@ from millrace.runtime.messages import PrefillPlan
 from millrace.runtime.models.base import Model
 from millrace.runtime.types import BLOCK_SIZE
 
-REHEARSED_LOGITS = 64  # rows at a time: scheduler.PROMPT_LOGPROB_CHUNK
+REHEARSED_LOGITS = 64  # at least: scheduler.PROMPT_LOGPROB_CHUNK
 
 
 class Piece(NamedTuple):
@@ -81,10 +81,11 @@ class CudaPrefill:
         for score in scores:
             score.compute(logits[0])
 
-    def rehearse(self, num_tokens: int, max_len: int) -> None:
+    def rehearse(self, num_tokens: int, max_len: int, max_rows: int) -> None:
         """On the lane's thread, before any step: computes a step of that many tokens, in sequences of up to `max_len`,
-        with as many logits as prompt log probabilities ask for at a time. It writes from block 1 on, as many as they
-        need."""
+        with as many logits as prompt log probabilities, or `max_rows` sequences that end their prompts together, ask
+        for at a time. It writes from block 1 on, as many as they need."""
+        num_logits = min(num_tokens, max(REHEARSED_LOGITS, max_rows))
         lengths = [min(max_len, num_tokens - at) for at in range(0, num_tokens, max_len)]
         width = -(-max(lengths) // BLOCK_SIZE)
         tables = 1 + np.arange(len(lengths) * width, dtype=np.int32).reshape(len(lengths), width)
@@ -99,7 +100,7 @@ class CudaPrefill:
             query_starts=starts,
             context_lens=np.array(lengths, dtype=np.int32),
             block_tables=tables,
-            logits_indices=np.arange(num_tokens - min(num_tokens, REHEARSED_LOGITS), num_tokens, dtype=np.int64),
+            logits_indices=np.arange(num_tokens - num_logits, num_tokens, dtype=np.int64),
         )
         output = StepOutput()
         upload = self._ring.upload(chunks._asdict(), output)

@@ -45,7 +45,7 @@ class PinnedRing:
                 buffer = self._free.pop(min(fitting, key=lambda index: len(self._free[index])))
             else:
                 if self._free:  # a larger one takes the place of the smallest
-                    self._free.remove(min(self._free, key=len))
+                    del self._free[min(range(len(self._free)), key=lambda index: len(self._free[index]))]
                     self._made -= 1
                 if self._made >= self._most:
                     raise RuntimeError(f"{self._made} pinned buffers are in use, and no step has given one back")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
-from millrace.kernels.quantized import QuantizedWeight, stack_rows
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight, StoredMatrix, stack_rows
 from millrace.runtime.quant.rounding import Quantization
 
 
@@ -21,11 +21,11 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where a model lives and computes: the CPU in float32, or a GPU in bfloat16 or float16.
 
     Attributes:
-        quantize: what matrices are rounded to as they are loaded; None keeps them as they are. CPU only.
+        quantize: what matrices are rounded to as they are loaded; None keeps them as they are.
         activation: type of everything that flows through the model.
         scales: type that the scales and biases of norms are kept in.
-        kv: type of keys and values in the cache: None is the activations'; float8_e4m3fn and int8 have a scale for each
-            slot and head.
+        kv: type of keys and values in the cache: None is the activations'; bfloat16 beside float32 halves it;
+            float8_e4m3fn and int8 have a scale for each slot and head.
         backends: who computes the ops; None is the CPU's default list.
     """
 
@@ -40,11 +40,14 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         """A matrix [out, in] in the layout that multiplies fastest here; `is_output`: it gives the logits."""
         if self.quantize is None:
             return ops.pack_linear(weight, bias, activation=self.activation, backends=self.backends)
-        return self.pack_quantized(self.quantize.round(weight, is_output=is_output), bias)
+        return self.pack_narrow(self.quantize.round(weight, is_output=is_output), bias)
 
-    def pack_quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> ops.PackedLinear:
-        """The same for a matrix that the checkpoint holds as integers."""
-        return ops.pack_quantized(weight, bias, activation=self.activation, backends=self.backends)
+    def pack_narrow(self, weight: QuantizedWeight | Float8Weight, bias: Tensor | None) -> ops.PackedLinear:
+        """The same for a matrix that is in 8 bits or fewer already."""
+        there = weight.to(self.device)
+        if isinstance(there, Float8Weight):
+            return ops.pack_float8(there, bias, activation=self.activation, backends=self.backends)
+        return ops.pack_quantized(there, bias, activation=self.activation, backends=self.backends)
 
 
 class WeightSource(Protocol):
@@ -56,9 +59,9 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
-        """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or as the integers that it is
-        stored as."""
+    def matrix(self, name: str) -> StoredMatrix:
+        """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or in the 8 bits or fewer that it
+        is stored in."""
 
     def storage_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The type that a matrix stored as `stored` is kept in."""
@@ -123,18 +126,16 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
             if bias is not None and part.bias:
                 bias[start : start + part.out_features].copy_(source.read(f"{part.name}.bias"))
         first = source.matrix(self.parts[0].name)
-        if isinstance(first, QuantizedWeight):
-            matrices = [first, *(source.matrix(part.name) for part in self.parts[1:])]
-            integers = [matrix for matrix in matrices if isinstance(matrix, QuantizedWeight)]
-            joined = stack_rows(integers) if len(integers) == len(matrices) else None
+        if not isinstance(first, Tensor):
+            joined = stack_rows([first, *(source.matrix(part.name) for part in self.parts[1:])])
             if joined is not None:
-                return place.pack_quantized(joined, bias)
+                return place.pack_narrow(joined, bias)
         # Each part is copied, widened and turned straight into its place: no second copy of the matrix exists.
-        dtype = source.storage_dtype(torch.bfloat16 if isinstance(first, QuantizedWeight) else first.dtype)
+        dtype = source.storage_dtype(first.dtype if isinstance(first, Tensor) else torch.bfloat16)
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=place.device)
         for part, start in zip(self.parts, starts, strict=False):
             stored = source.matrix(part.name)
-            wide = stored.widen() if isinstance(stored, QuantizedWeight) else stored
+            wide = stored if isinstance(stored, Tensor) else stored.widen()
             weight[start : start + part.out_features].copy_(wide.t() if self.transposed else wide)
         return place.pack(weight, bias, is_output=is_output)
 
@@ -151,7 +152,7 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
 
     def load(self, source: WeightSource) -> Tensor:
         stored = source.matrix(self.name)
-        if isinstance(stored, QuantizedWeight):
+        if not isinstance(stored, Tensor):
             stored = stored.widen().to(torch.bfloat16)
         table = torch.empty(
             self.rows, self.width, dtype=source.storage_dtype(stored.dtype), device=source.placement.device
@@ -161,8 +162,8 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
     def load_tied(self, source: WeightSource) -> ops.PackedLinear:
         """The table as the matrix that gives the logits; its rows are looked up there too."""
         stored = source.matrix(self.name)
-        if isinstance(stored, QuantizedWeight):
-            return source.placement.pack_quantized(stored, None)
+        if not isinstance(stored, Tensor):
+            return source.placement.pack_narrow(stored, None)
         return source.placement.pack(self.load(source), None, is_output=True)
 
 

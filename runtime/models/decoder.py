@@ -98,7 +98,7 @@ class DecoderModel:
         self.device = place.device
         self.dtype = place.activation
         self.kv_dtype = place.kv or place.activation
-        self._has_kv_scales = self.kv_dtype != self.dtype
+        self._has_kv_scales = self.kv_dtype.itemsize == 1
         self.weight_bytes = weight_bytes
         self._backends = place.backends
         self._embed = embed
@@ -112,6 +112,11 @@ class DecoderModel:
         scale = torch.float32.itemsize if self._has_kv_scales else 0
         head = self.spec.head_dim * self.kv_dtype.itemsize + scale
         return self.spec.num_layers * 2 * self.spec.num_kv_heads * head
+
+    @property
+    def backends(self) -> ops.Backends:
+        """Who computes the ops; None is the CPU's default list."""
+        return self._backends
 
     def allocate_kv(self, num_blocks: int) -> PagedKV:
         """Storage for `num_blocks` blocks of BLOCK_SIZE tokens; pages are committed when they are first written."""
@@ -142,7 +147,7 @@ class DecoderModel:
         last = self._layers[-1]
         residual = self._embed(batch.tokens, positions)  # [num_tokens, hidden_size]
         if self._stack is not None:
-            x = self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices)
+            x = self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices, kv.scales)
             return self._lm_head(x, batch.logits_out)
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):

@@ -1,38 +1,92 @@
 """Round-to-nearest quantisation: the plain way to make integers from weights, without looking at activations."""
 
 import math
+from typing import Literal
 
 import msgspec
 import torch
 from torch import Tensor
 
-from millrace.kernels.ops import QuantizedWeight
+from millrace.kernels.ops import Float8Weight, QuantizedWeight
+
+Method = Literal["int8", "int4", "nf4", "fp8"]
 
 _LEAST_GROUP = 16  # smaller ones cost more in scales than they save
 _SLICE = 1 << 22  # weights that are wide at a time
 _SMALLEST = 2.0**-24  # of float16: a scale of 0 would lose a group's zero point
 _LARGEST = 65504.0
+_FP8_LARGEST = 448.0  # of float8_e4m3fn
+# Levels of NF4 (Dettmers et al. 2023, appendix E) in units of 1/112, which holds them to 0.0039 of the largest.
+_NF4_UNIT = 112
+_NF4 = (-112, -78, -59, -44, -32, -21, -10, 0, 9, 18, 28, 38, 49, 63, 81, 112)
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     """How matrices are rounded as they are loaded.
 
     Attributes:
-        bits: 8, with one scale for each output, or 4, with one for each group of inputs.
+        method: "int8" and "fp8" (e4m3), with one scale for each output; "int4" and "nf4", with one for each group of
+            inputs.
         group_size: inputs that share a scale, for 4 bits.
     """
 
-    bits: int
-    group_size: int
+    method: Method
+    group_size: int = 64
 
-    def round(self, weight: Tensor, *, is_output: bool) -> QuantizedWeight:
-        """`weight` [out, in], rounded to the nearest. The matrix that gives the logits is kept in 8 bits: its errors go
-        straight into the choice of a token. Where groups do not divide the inputs, smaller ones that do are taken."""
+    @property
+    def bits(self) -> int:
+        return 4 if self.method in ("int4", "nf4") else 8
+
+    def round(self, weight: Tensor, *, is_output: bool) -> QuantizedWeight | Float8Weight:
+        """`weight` [out, in], rounded to the nearest. The matrix that gives the logits is not rounded to 4 bits but to
+        8: its errors go straight into the choice of a token. Where groups do not divide the inputs, smaller ones that
+        do are taken."""
+        if self.method == "fp8":
+            return round_to_float8(weight)
         inputs = weight.shape[1]
         group = math.gcd(inputs, self.group_size)
-        if self.bits == 8 or is_output or group < _LEAST_GROUP:
+        if self.method == "int8" or is_output or group < _LEAST_GROUP:
             return round_to_nearest(weight, 8, None)
-        return round_to_nearest(weight, self.bits, group)
+        return round_to_nf4(weight, group) if self.method == "nf4" else round_to_nearest(weight, 4, group)
+
+
+def round_to_float8(weight: Tensor) -> Float8Weight:
+    """e4m3 with one scale for each output: the largest weight of each becomes 448. Raises ValueError where a weight is
+    not finite."""
+    outputs, inputs = weight.shape
+    largest = weight.float().abs().amax(1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("a weight is not finite")
+    scales = (largest / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    rows = max(1, _SLICE // inputs)
+    parts = [
+        (weight[start : start + rows].float() / scales[start : start + rows]).to(torch.float8_e4m3fn)
+        for start in range(0, outputs, rows)
+    ]
+    return Float8Weight(torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn), scales, inputs)
+
+
+def round_to_nf4(weight: Tensor, group_size: int) -> QuantizedWeight:
+    """The 16 levels of NF4 with one scale per group of inputs, its largest weight (Dettmers et al. 2023).
+
+    Raises ValueError as `round_to_nearest`.
+    """
+    inputs = weight.shape[1]
+    if inputs % group_size:
+        raise ValueError(f"{inputs} inputs cannot be cut into groups of {group_size}")
+    book = torch.tensor(_NF4, dtype=torch.int8)
+    borders = (book[1:].float() + book[:-1].float()) / 2
+    rows = max(1, _SLICE // inputs)
+    parts = [_round_nf4(weight[start : start + rows], group_size, borders) for start in range(0, len(weight), rows)]
+    q, scales = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return QuantizedWeight(q, scales, torch.zeros_like(scales), 4, book)
+
+
+def _round_nf4(weight: Tensor, size: int, borders: Tensor) -> tuple[Tensor, Tensor]:
+    grouped = weight.float().view(len(weight), -1, size)
+    scales = _scales(grouped.abs().amax(2) / _NF4_UNIT)
+    q = torch.bucketize(grouped / scales[:, :, None], borders)
+    return q.to(torch.uint8).flatten(1), scales.half()
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int | None) -> QuantizedWeight:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import StoredMatrix
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
@@ -34,6 +34,7 @@ def load_model(
     dtype: str = "auto",
     placement: Placement | None = None,
     quantize: Quantization | None = None,
+    kv: torch.dtype | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
     gguf: GgufCheckpoint | None = None,
@@ -50,6 +51,7 @@ def load_model(
             ones would be.
         placement: a GPU and its backends; None is the CPU.
         quantize: how matrices are rounded as they are read, on the CPU; None keeps them as they are.
+        kv: type of keys and values in the cache, on the CPU, as in `Placement`; with a placement its own counts.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
         gguf: the GGUF file at `path`, where it is open already.
@@ -63,11 +65,11 @@ def load_model(
     config = read_config(path) if gguf is None else gguf.config()
     decl = declare(config)
     quantization = read_format(config, path)
-    place = placement or Placement(quantize=quantize)
+    place = placement or Placement(quantize=quantize, kv=kv)
     method = quantization.name if quantization is not None else "GGUF" if gguf and gguf.is_quantized else None
     if method is not None and place.quantize is not None:
         raise ConfigError(
-            f"model.quantize is int{place.quantize.bits}, but the checkpoint is quantised already "
+            f"model.quantize is {place.quantize.method}, but the checkpoint is quantised already "
             f"({method}): leave the option out, or load the checkpoint it was made from",
             param="quantize",
         )
@@ -88,6 +90,7 @@ def random_model(
     dtype: str = "auto",
     placement: Placement | None = None,
     quantize: Quantization | None = None,
+    kv: torch.dtype | None = None,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -102,7 +105,7 @@ def random_model(
             "them with quantize",
             param="quantization_config",
         )
-    place = placement or Placement(quantize=quantize)
+    place = placement or Placement(quantize=quantize, kv=kv)
     decl = _described(declare(config), f"random{_rounding(place)}")
     automatic = dtype == "auto" and placement is None
     stored = torch.float32 if automatic else _storage(dtype, placement)[torch.float32]
@@ -144,7 +147,7 @@ class _CheckpointWeights:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._matched.names[name])
 
-    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+    def matrix(self, name: str) -> StoredMatrix:
         quantized = self._matched.quantized.get(name)
         if quantized is None:
             return self._checkpoint.matrix(self._matched.names[f"{name}.weight"])

@@ -2,6 +2,9 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +23,8 @@ from gpu.plan import BY_NAME, PARTS
 from gpu.timing import num_rotated
 
 from millrace.kernels.cuda_compile import Kernel
+from millrace.runtime.gpu import wanted_kernels
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.weights.loader import random_model
 from millrace.runtime.weights.synthetic import preset
 from shim.build import compiler
@@ -44,7 +49,7 @@ class CallOnce:
 class NoLauncher:
     """A device on which every launch fails."""
 
-    device_type, sm_count = "cpu", 4
+    device_type, sm_count, shared_bytes_per_sm = "cpu", 4, 228 * 1024
 
     def launch(self, kernel: Kernel, *rest: Any, **more: Any) -> None:
         raise RuntimeError(f"{kernel.name} is broken")
@@ -144,6 +149,20 @@ def test_wrong_results_and_exceptions_fail_their_group() -> None:
         check(context("kernels"), [broken], place, None, settle=lost)
 
 
+def test_a_group_ends_with_its_time() -> None:
+    clock = [0.0]
+
+    def slow(place: Place) -> Checked:
+        clock[0] += 3.0
+        return Checked([torch.ones(2)], [torch.ones(2).double()], 0.0)
+
+    found = Context(BY_NAME["kernels"], 5.0, CEILINGS, now=lambda: clock[0], say=lambda text: None)
+    check(found, [Case("a", str(i), slow) for i in range(5)], Place(NoLauncher(), "cpu", 0), settle=lambda: None)
+    assert clock[0] == 6.0
+    (row,) = found.rows
+    assert not row.failed and row.note.startswith("2 of 5 cases, no time for more")
+
+
 # ---- measurements -----------------------------------------------------------------------------------------------
 
 
@@ -185,7 +204,7 @@ def test_the_other_kernels_on_the_shim(place: Place) -> None:
         small.products(found, place, CallOnce(), 32, 256, l2=1000, free=1 << 20)
         small.copies(found, place, CallOnce(), 2, 32)
         small.launch_overhead(found, place, lambda: None, repeats=10)
-        assert len(found.rows) == 3 + 4 + 5 + 1 + 2
+        assert len(found.rows) == 3 + 4 + 7 + 1 + 2
         assert not any(row.failed for row in found.rows)
 
     isolated(run)
@@ -215,11 +234,19 @@ def test_steps_on_the_shim(place: Place, monkeypatch: pytest.MonkeyPatch) -> Non
             steps.launches(found, place, driver, "tiny", count)
             model = random_model(tiny(), placement=placement(place, driver, 4), max_model_len=256)
             free = model.kv_bytes_per_token * 16 * 40
-            steps.decode_rows(found, driver, CallOnce(driver.enqueue), "tiny", model, (1, 3, 50), 40, free)
-            steps.prefill_rows(found, CallOnce(driver.enqueue), "tiny", model, (20,))
+            load = steps.Load("tiny", (1, 3, 50))
+            steps.decode_rows(found, driver, CallOnce(driver.enqueue), load, model, 40, free)
+            steps.prefill_rows(found, CallOnce(driver.enqueue), load, model, (20,))
+            load = steps.Load("tiny", (2,), Quantization(method="int4"))
+            where = placement(place, driver, 4, quantize=load.quantize)
+            model = random_model(tiny(), placement=where, max_model_len=256)
+            launcher.launches.clear()
+            steps.decode_rows(found, driver, CallOnce(driver.enqueue), load, model, 40, free)
+            assert {"mr_gemv"} < {kernel.name for kernel in launcher.launches}
+            assert set(launcher.launches) <= set(wanted_kernels(model))
         assert [row.name for row in found.rows] == [
             "tiny kernels per layer in the graph", "tiny decode step, batch 1 at 40", "tiny decode step, batch 3 at 40",
-            "tiny prefill of 20",
+            "tiny prefill of 20", "tiny int4 decode step, batch 2 at 40",
         ]  # fmt: skip
         assert found.rows[0].value == 5  # two norms, rope and KV, attention, SiLU-mul; torch's products are not counted
 
@@ -279,6 +306,16 @@ def test_finding_the_sanitizer(tmp_path: Path) -> None:
     words = sanitizer.command(tool, "racecheck", tmp_path / "rows", 12.4)
     assert words[:3] == [str(tool), "--tool", "racecheck"]
     assert words[-6:] == ["kernels", "--small", "--rows", str(tmp_path / "rows"), "--seconds", "12"]
+
+
+@pytest.mark.timeout(30)
+def test_the_sanitizer_takes_its_children_along() -> None:
+    """They hold the pipe that its output comes through, so that one left behind would be waited for."""
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    with pytest.raises(subprocess.TimeoutExpired):
+        sanitizer.run_group([sys.executable, "-c", program], 1.0, os.environ)
+    assert sanitizer.run_group([sys.executable, "-c", "print(5); sys.exit(3)"], 60.0, os.environ)[0] == 1
+    assert sanitizer.run_group([sys.executable, "-c", "print(5)"], 60.0, os.environ) == (0, "5\n")
 
 
 def test_reading_the_sanitizer() -> None:

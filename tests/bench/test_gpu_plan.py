@@ -100,6 +100,9 @@ def test_sizes_of_the_7b_model() -> None:
     for tokens, milliseconds in ((1024, 17), (2048, 35), (8192, 158)):
         assert shape.prefill_floor(H100, tokens) * 1e3 == pytest.approx(milliseconds, rel=0.03)
     assert Shape.of(preset("llama-3.2-1b")).parameters == pytest.approx(1.236e9, rel=1e-2)  # tied
+    large = Shape.of(preset("llama-3.1-8b"))
+    assert large.rounded(8, 64).streamed_bytes == large.streamed_weights
+    assert large.rounded(4, 64).decode_bytes(1, 0) == pytest.approx(0.5625 * 6.98e9 + 0.525e9, rel=5e-3)
     assert set(GOAL_DECODE) == {("llama-2-7b", 1), ("llama-2-7b", 64), ("llama-3.1-8b", 256)}
 
 

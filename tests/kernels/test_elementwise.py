@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from millrace.kernels import ops, reference
 from millrace.kernels.arguments import Backend
@@ -90,6 +91,123 @@ def test_write_kv(backend: Backend, head_dim: int) -> None:
     np.testing.assert_array_equal(v_cache.numpy(), expected[1])
     with pytest.raises(IndexError):
         ops.write_kv(k, v, k_cache, v_cache, torch.tensor([1, 2, 3, 64, 4]), backends=[backend])
+
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def poisoned_pool(kv: torch.dtype, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """A pool of 4 blocks in which every byte is 0x7f, and scales that are NaN."""
+    pool = torch.full((2, 4, heads, 16, head_dim), 0x7F, dtype=torch.uint8).view(kv)
+    return pool, torch.full(pool.shape[:-1], torch.nan)
+
+
+@pytest.mark.parametrize("head_dim", [6, 32, 80])
+@pytest.mark.parametrize("kv", LIMITS)
+def test_write_kv_in_8_bits(backend: Backend, kv: torch.dtype, head_dim: int) -> None:
+    """The scale takes the largest of a head to the limit; elements are off by half a step; other slots stay."""
+    new = torch.randn(2, 5, 2, head_dim) * torch.logspace(-12, 12, 5)[:, None, None]
+    pool, scales = poisoned_pool(kv, 2, head_dim)
+    slots = torch.tensor([16, 17, 63, 40, 31])
+    ops.write_kv(new[0], new[1], pool[0], pool[1], slots, kv_scales=scales, backends=[backend])
+    block, offset = slots // 16, slots % 16
+    for half in range(2):
+        scale = scales[half][block, :, offset].double()
+        largest = new[half].abs().amax(-1).double()
+        torch.testing.assert_close(scale, largest / LIMITS[kv], rtol=1e-6, atol=0.0)
+        stored = pool[half].view(torch.uint8)[block, :, offset].view(kv).double()
+        assert (stored.abs().amax(-1) == LIMITS[kv]).all()
+        # INT8: half a step. e4m3: half a unit of four significant bits, or of the subnormals' step of 2^-9.
+        want, step = new[half].double(), scale[..., None]
+        within = step / 2 if kv == torch.int8 else (want.abs() / 16).maximum(step * 2.0**-10)
+        assert ((stored * step - want).abs() <= within * 1.00001).all()
+    untouched = torch.ones(4, 16, dtype=torch.bool).index_put((block, offset), torch.tensor(False))
+    assert (pool.view(torch.uint8).transpose(2, 3)[:, untouched] == 0x7F).all()
+    assert scales.transpose(2, 3)[:, untouched].isnan().all()
+    with pytest.raises(IndexError):
+        ops.write_kv(
+            new[0], new[1], pool[0], pool[1], torch.tensor([1, 2, 3, 64, 4]), kv_scales=scales, backends=[backend]
+        )
+
+
+@pytest.mark.parametrize("kv", LIMITS)
+def test_elements_of_8_bits_are_rounded_to_the_nearest_and_ties_to_even(backend: Backend, kv: torch.dtype) -> None:
+    """In heads whose largest is the limit, so that the scale is 1: every element, every tie, and what lies between."""
+    if kv == torch.int8:
+        grid = torch.arange(0, 128).float()
+    else:
+        grid = torch.arange(0, 127, dtype=torch.uint8).view(kv).float()
+    middles = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat((grid, middles, middles * (1 - 1e-6), middles * (1 + 1e-6), torch.rand(800) * 2))
+    x = torch.cat((x, -x))
+    x = torch.cat((x, x.new_zeros(-len(x) % 31))).view(-1, 1, 31)
+    x = torch.cat((x, torch.full((len(x), 1, 1), LIMITS[kv])), -1)  # [tokens, 1, 32]
+    pool = torch.zeros(2, len(x) // 16 + 1, 1, 16, 32, dtype=kv)
+    scales = torch.zeros(pool.shape[:-1])
+    ops.write_kv(x, x, pool[0], pool[1], torch.arange(len(x)), kv_scales=scales, backends=[backend])
+    want = x.round().to(kv) if kv == torch.int8 else x.to(kv)
+    for half in pool:
+        assert torch.equal(half.float().flatten(0, 2)[: len(x)], want.float()[:, 0])
+    assert (scales.flatten(1)[:, : len(x)] == 1).all()
+
+
+def test_write_kv_in_bfloat16(backend: Backend) -> None:
+    k = torch.randn(40, 2, 80) * torch.logspace(-30, 30, 40)[:, None, None]
+    k[3, 0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 3.4e38])
+    k.view(torch.int32)[4, 0, :2] = torch.tensor([0x7F800001, -1])  # NaN whose bits rounding would carry over the top
+    pool = torch.zeros(2, 3, 2, 16, 80, dtype=torch.bfloat16)
+    ops.write_kv(k, -k, pool[0], pool[1], torch.arange(40), backends=[backend])
+    for half, want in zip(pool, (k, -k), strict=True):
+        np.testing.assert_array_equal(half.transpose(1, 2).flatten(0, 1)[:40].float(), want.bfloat16().float())
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kv", LIMITS)
+def test_not_a_number_stays_with_its_head_in_8_bits(backend: Backend, kv: torch.dtype, broken: float) -> None:
+    """A key or a value that is none makes the attention of its head none, and no other; zeros and dust stay numbers."""
+    k, v = torch.randn(2, 4, 3, 32)
+    k[1, 0, 5] = v[2, 1, 31] = broken
+    k[3], v[3] = 0.0, 1e-37
+    pool, scales = poisoned_pool(kv, 3, 32)
+    slots = torch.arange(16, 20)
+    ops.write_kv(k, v, pool[0], pool[1], slots, kv_scales=scales, backends=[backend])
+    stored = pool.float() * scales[..., None]
+    assert (stored[:, 1, 2, 3].abs() < 1e-36).all()
+    assert stored[0, 1, 0, 1].isnan().all() and stored[1, 1, 1, 2].isnan().all()
+    starts, tables = torch.arange(5, dtype=torch.int32), torch.ones(4, 1, dtype=torch.int32)
+    batch = ops.attention_batch(starts, starts[1:], tables, 1, 4)  # one query each that sees 1, 2, 3 and 4 slots
+    y = ops.paged_attention(
+        torch.randn(4, 3, 32), pool[0], pool[1], batch, 0.3, None, kv_scales=scales, backends=[backend]
+    )
+    bad = torch.zeros(4, 3, dtype=torch.bool)
+    bad[1:, 0] = bad[2:, 1] = True
+    assert torch.equal(y.isnan().all(-1), bad) and torch.equal(y.isnan().any(-1), bad)
+
+
+@pytest.mark.parametrize("kv", LIMITS)
+def test_rope_kv_in_8_bits(backend: Backend, kv: torch.dtype) -> None:
+    """The keys that reach the pool are normed and rotated."""
+    qkv, cos_sin, norm = torch.randn(5, (4 + 2 * 2) * 32), torch.randn(40, 32), torch.rand(32) + 0.5
+    positions, slots = torch.randint(0, 40, (5,)), torch.arange(20, 25)
+    options = {"cos_sin": cos_sin, "q_norm": norm, "k_norm": norm, "eps": 1e-6, "backends": [backend]}
+    plain = torch.zeros(2, 4, 2, 16, 32)
+    want = ops.rope_kv(qkv.clone(), 4, plain, positions, slots, **options)
+    pool, scales = poisoned_pool(kv, 2, 32)
+    got = ops.rope_kv(qkv.clone(), 4, pool, positions, slots, kv_scales=scales, **options)
+    assert torch.equal(got, want)
+    stored, heads = (pool.float() * scales[..., None])[:, 1, :, 4:9], plain[:, 1, :, 4:9]
+    near = heads.abs().amax(-1, keepdim=True) / 250 if kv == torch.int8 else heads.abs() / 15 + 0.01
+    assert ((stored - heads).abs() <= near).all()
+
+
+@pytest.mark.parametrize("kv", LIMITS)
+def test_copy_blocks_in_8_bits(kv: torch.dtype) -> None:
+    storage, scales = torch.randint(0, 256, (3, 2, 6, 2, 16, 8), dtype=torch.uint8), torch.randn(3, 2, 6, 2, 16)
+    source, target = torch.tensor([1, 1, 4]), torch.tensor([2, 3, 5])
+    want = [reference.copy_blocks(part.numpy(), source.numpy(), target.numpy()) for part in (storage, scales)]
+    ops.copy_blocks(storage.view(kv), source, target, kv_scales=scales)
+    np.testing.assert_array_equal(storage.numpy(), want[0])
+    np.testing.assert_array_equal(scales.numpy(), want[1])
 
 
 def test_copy_blocks() -> None:

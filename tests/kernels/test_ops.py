@@ -76,6 +76,15 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "k_cache",
     ),
     "v_cache of another shape": (lambda: ops.write_kv(HEADS, HEADS, CACHE, CACHE[:2], LONGS), "v_cache"),
+    "8 bits without scales": (lambda: ops.write_kv(HEADS, HEADS, CACHE.char(), CACHE.char(), LONGS), "k_cache is int8"),
+    "scales without 8 bits": (
+        lambda: ops.write_kv(HEADS, HEADS, CACHE, CACHE, LONGS, kv_scales=torch.zeros(2, 3, 2, 16)),
+        "float8_e4m3fn or int8",
+    ),
+    "scales of another shape": (
+        lambda: ops.write_kv(HEADS, HEADS, CACHE.char(), CACHE.char(), LONGS, kv_scales=torch.zeros(2, 3, 2, 8)),
+        r"kv_scales is float32 \[2, 3, 2, 8\]",
+    ),
     "slots of another length": (lambda: ops.write_kv(HEADS, HEADS, CACHE, CACHE, LONGS[:1]), "slot_mapping"),
     "more queries than context": (lambda: ops.attention_batch(ints(0, 3), ints(2), TABLE, 3, 2), "sequence 0"),
     "query past the maximum": (lambda: ops.attention_batch(ints(0, 3), ints(9), TABLE, 2, 9), "max_query_len 2"),

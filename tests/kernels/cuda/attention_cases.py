@@ -113,7 +113,7 @@ def make_workspace(
     launcher: ShimLauncher, spec: Spec, max_seqs: int, max_context_len: int, **options: Any
 ) -> DecodeWorkspace:
     """A workspace whose partial results are NaN before the first launch."""
-    workspace = decode_workspace(spec.shape(max_seqs, max_context_len, **options), launcher.sm_count, "cpu")
+    workspace = decode_workspace(spec.shape(max_seqs, max_context_len, **options), launcher, "cpu")
     return dataclasses.replace(
         workspace,
         tables={window: fenced(table) for window, table in workspace.tables.items()},

@@ -39,6 +39,8 @@ SPECS = {
     "f16, int8, 80": Spec(group=7, head_dim=80, dtype=F16, kv_dtype=INT8),
     "f16, fp8, 80": Spec(group=2, head_dim=80, dtype=F16, kv_dtype=FP8, num_kv_heads=2),
     "int8, 96, group 12": Spec(group=12, head_dim=96, kv_dtype=INT8),
+    "32, group 12": Spec(group=12, head_dim=32),
+    "fp8, 32": Spec(group=2, head_dim=32, kv_dtype=FP8, num_kv_heads=2),
 }
 
 
@@ -146,13 +148,25 @@ def test_nothing_is_launched_per_split(four_ways):
     four_ways(case)
 
 
+def test_thread_blocks_of_a_multiprocessor():
+    """By registers, which come in eights, and by shared memory, of which devices have different amounts."""
+
+    def count(kib: int, **options: object) -> int:
+        launcher, spec = ShimLauncher(shared_bytes_per_sm=kib * 1024), Spec(num_kv_heads=1, **options)
+        return make_workspace(launcher, spec, 1, 16).target_items // launcher.sm_count
+
+    h100, l4 = 228, 100
+    assert [count(h100), count(h100, head_dim=128), count(h100, head_dim=256)] == [4, 3, 3]
+    assert [count(l4), count(l4, head_dim=128), count(l4, head_dim=256)] == [1, 1, 1]
+
+
 def test_workspace_bytes():
     launcher = ShimLauncher()
     for invariant in (False, True):
         shape = Spec(num_kv_heads=2).shape(9, 5000, invariant)
         workspace = make_workspace(launcher, Spec(num_kv_heads=2), 9, 5000, batch_invariant=invariant)
         tensors = [*workspace.tables.values(), workspace.partial_out, workspace.partial_lse, workspace.counters]
-        assert decode_workspace_bytes(shape, launcher.sm_count) == sum(x.numel() * x.element_size() for x in tensors)
+        assert decode_workspace_bytes(shape, launcher) == sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _refused(change, message):
@@ -222,7 +236,7 @@ def test_refuses(change, message):
 def test_workspace_refuses(changes, message):
     shape = dataclasses.replace(Spec(num_kv_heads=1).shape(4, 100), **changes)
     with pytest.raises(ValueError, match=message):
-        decode_workspace_bytes(shape, 4)
+        decode_workspace_bytes(shape, ShimLauncher())
 
 
 def quantised(launcher: ShimLauncher) -> None:

@@ -40,7 +40,7 @@ def plan(
 ) -> None:
     spec = Spec(window=window, num_kv_heads=2, num_queries=2)
     shape = spec.shape(max(max_seqs, len(context_lens)), max(*context_lens, 16), **options)  # type: ignore[arg-type]
-    workspace = decode_workspace(shape, launcher.sm_count, "cpu")
+    workspace = decode_workspace(shape, launcher, "cpu")
     table = fenced(torch.full_like(workspace.tables[window], FAR))
     workspace.tables[window] = table  # type: ignore[index]
     plan_decode(launcher, fenced(torch.tensor(context_lens, dtype=torch.int32)), workspace, stream=0)
@@ -81,7 +81,7 @@ def test_every_batch_fits_the_table(four_ways):
 def test_one_launch_per_window(four_ways):
     def case(launcher: ShimLauncher) -> None:
         shape = Spec().shape(2, 100)
-        both = decode_workspace(shape.__class__(**{**vars(shape), "windows": (None, 20)}), 4, "cpu")
+        both = decode_workspace(shape.__class__(**{**vars(shape), "windows": (None, 20)}), ShimLauncher(), "cpu")
         plan_decode(launcher, torch.tensor([100, 10], dtype=torch.int32), both, stream=0)
         assert [kernel.name for kernel in launcher.launches] == ["mr_plan_decode"] * 2
         assert both.tables[None][1].tolist() == [0, 0, 7, 1 << 16]
@@ -100,7 +100,7 @@ def test_one_launch_per_window(four_ways):
     ],
 )
 def test_refuses(context_lens, message):
-    workspace = decode_workspace(Spec().shape(2, 100), 4, "cpu")
+    workspace = decode_workspace(Spec().shape(2, 100), ShimLauncher(), "cpu")
     with pytest.raises(ValueError, match=message):
         plan_decode(ShimLauncher(), context_lens, workspace, stream=0)
 

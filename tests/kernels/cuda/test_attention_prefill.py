@@ -31,6 +31,8 @@ SPECS = {
     "fp8, 128, all options": Spec(head_dim=128, kv_dtype=FP8, window=50, soft_cap=2.0, slopes=True),
     "f16, int8, 80": Spec(head_dim=80, dtype=F16, kv_dtype=INT8),
     "256, fp8": Spec(head_dim=256, group=2, kv_dtype=FP8),
+    "32": Spec(head_dim=32, group=2),
+    "f16, int8, 32": Spec(head_dim=32, dtype=F16, kv_dtype=INT8),
 }
 
 
@@ -268,8 +270,8 @@ PLANTS = {
     ),
     "value scales in the weights alone": (
         KERNEL,
-        "sum += scores[i][j] * reciprocal_approx(scale);",
-        "sum += scores[i][j];",
+        "sum[h] += QUANTISED<KV> ? score * inverse : score;",
+        "sum[h] += score;",
         quantised,
     ),
     "even and odd dims are swapped": (

@@ -21,14 +21,17 @@ EMBEDDING = next(kernel for kernel in cuda_elementwise.kernels() if kernel.sourc
 
 
 def assigned() -> dict[str, list[tuple[Kernel, str]]]:
-    """By source, what is compiled here: each kernel's first variant for all architectures, the others for one each, in
-    turn. All variants for all architectures, which `millrace kernels build` compiles, would take ten minutes."""
+    """By source, what is compiled here: each variant for one architecture, in turn, so that each kernel comes to all of
+    them; one with few variants begins again. All variants for all architectures, which `millrace kernels build`
+    compiles, would take ten minutes."""
     jobs: dict[str, list[tuple[Kernel, str]]] = defaultdict(list)
-    first: set[str] = set()
-    for i, kernel in enumerate(all_kernels()):
-        archs = ARCHS if kernel.name not in first else (ARCHS[i % len(ARCHS)],)
-        first.add(kernel.name)
-        jobs[kernel.source] += [(kernel, arch) for arch in archs]
+    variants: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in all_kernels():
+        variants[kernel.name].append(kernel)
+    for kernels in variants.values():
+        for i in range(max(len(kernels), len(ARCHS))):
+            kernel = kernels[i % len(kernels)]
+            jobs[kernel.source].append((kernel, ARCHS[i % len(ARCHS)]))
     return jobs
 
 

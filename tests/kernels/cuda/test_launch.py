@@ -17,6 +17,8 @@ from millrace.kernels.cuda_launch import CupyLauncher
 PARAMS = np.dtype([("x", "u8"), ("n", "i4"), ("eps", "f4")], align=True)
 KERNEL = Kernel("norm.cu", "first", (("MR_T", "bf16"),))
 MAX_SHARED = 8
+ATTRIBUTES = {"MultiProcessorCount": 132, "MaxSharedMemoryPerMultiprocessor": 233_472}
+STATIC_SHARED = 1024
 
 
 class FakeFunction:
@@ -53,7 +55,7 @@ class FakeCupy:
         self.attributes: list[tuple[int, int, int]] = []
         cupy, cuda = ModuleType("cupy"), ModuleType("cupy.cuda")
         driver, function = ModuleType("cupy.cuda.driver"), ModuleType("cupy.cuda.function")
-        device = SimpleNamespace(compute_capability=capability, attributes={"MultiProcessorCount": 132})
+        device = SimpleNamespace(compute_capability=capability, attributes=ATTRIBUTES)
         cuda.Device = lambda index: device  # type: ignore[attr-defined]
         driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = MAX_SHARED  # type: ignore[attr-defined]
         driver.funcSetAttribute = lambda *arguments: self.attributes.append(arguments)  # type: ignore[attr-defined]
@@ -70,7 +72,7 @@ class FakeCompiler(CudaCompiler):
     nvrtc: Path | None = None
 
     def module(self, kernel: Kernel, arch: str) -> Module:
-        resources = Resources(32, 0, 0, 0, 0, PARAMS.itemsize)
+        resources = Resources(32, 0, 0, 0, STATIC_SHARED, PARAMS.itemsize)
         return Module(
             arch, f"{kernel.source} {kernel.defines} {arch}".encode(), dict.fromkeys(("first", "second"), resources), ""
         )
@@ -92,7 +94,8 @@ def params(x: int = 7) -> np.void:
 
 
 def test_a_launch_passes_the_struct_by_value_on_the_stream(cupy: FakeCupy, launcher: CupyLauncher) -> None:
-    assert (launcher.device_type, launcher.arch, launcher.sm_count) == ("cuda", "sm_90", 132)
+    assert (launcher.device_type, launcher.arch) == ("cuda", "sm_90")
+    assert (launcher.sm_count, launcher.shared_bytes_per_sm) == (132, 228 * 1024)
     launcher.launch(KERNEL, (5, 2, 1), 128, params(), shared_bytes=64, stream=4711)
     assert cupy.launches == [("first", (5, 2, 1), (128, 1, 1), params().tobytes(), 64, 4711)]
     launcher.launch(KERNEL, (1, 1, 1), 32, params(9), stream=0)
@@ -109,10 +112,12 @@ def test_kernels_of_one_module_load_it_once(cupy: FakeCupy, launcher: CupyLaunch
 
 
 def test_shared_memory_above_48_kb_is_asked_for_once(cupy: FakeCupy, launcher: CupyLauncher) -> None:
-    for size in (48 * 1024, 70_000, 60_000, 70_000, 90_000):
+    """The static part counts as well."""
+    most = 48 * 1024 - STATIC_SHARED
+    for size in (most, most + 16, 70_000, 60_000, 70_000, 90_000):
         launcher.launch(KERNEL, (1, 1, 1), 32, params(), shared_bytes=size, stream=0)
-    assert cupy.attributes == [(1000, MAX_SHARED, 70_000), (1000, MAX_SHARED, 90_000)]
-    assert [launch[4] for launch in cupy.launches] == [48 * 1024, 70_000, 60_000, 70_000, 90_000]
+    assert cupy.attributes == [(1000, MAX_SHARED, size) for size in (most + 16, 70_000, 90_000)]
+    assert [launch[4] for launch in cupy.launches] == [most, most + 16, 70_000, 60_000, 70_000, 90_000]
 
 
 def test_a_record_of_another_size_is_refused(cupy: FakeCupy, launcher: CupyLauncher) -> None:
@@ -148,3 +153,5 @@ def test_the_real_cupy_has_what_the_launcher_uses() -> None:
     assert callable(function.Module().load) and callable(function.Module().get_function)
     assert hasattr(function.Function, "ptr") and callable(function.Function.__call__)
     assert hasattr(cupy.cuda.Device, "compute_capability") and hasattr(cupy.cuda.Device, "attributes")
+    for name in ATTRIBUTES:
+        assert hasattr(cupy.cuda.runtime, f"cudaDevAttr{name}")

@@ -75,6 +75,19 @@ async def test_a_lost_device_is_told_once_and_everybody_hears() -> None:
             await on_lane(world, device, "decode", 0, lambda: 1)
 
 
+async def test_a_lane_that_cannot_enter_its_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver, ran = FakeDriver(), []
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+
+    monkeypatch.setattr(driver, "use", refuse)
+    async with opened(driver) as (world, device):
+        with pytest.raises(DeviceLostError, match="invalid device ordinal"):
+            await on_lane(world, device, "decode", 0, lambda: ran.append(1))
+    assert ran == []
+
+
 async def test_on_lane_brings_results_and_errors() -> None:
     async with opened(FakeDriver("at once")) as (world, device):
         assert await on_lane(world, device, "decode", 0, threading.current_thread) is not threading.main_thread()

@@ -16,12 +16,15 @@ from checkpoints import (
 )
 from fakes import engine, greedy, submit
 
+from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime import Runtime, SamplingParams
 from millrace.runtime.config import load_config
 from millrace.runtime.cuda.device import CudaDevice
 from millrace.runtime.cuda.driver import TorchDriver
 from millrace.runtime.cuda.start import on_lane
 from millrace.runtime.gpu import Gpu, open_gpu, placement, start_gpu
+from millrace.runtime.models.declaration import Placement
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.weights.loader import load_model
 from millrace.runtime.world import AsyncioWorld
 
@@ -85,6 +88,25 @@ def test_logits_of_chunks_and_decode_steps(folder: Path) -> None:
     gpu.driver.drain()
     want = reference_logits(load_reference(folder), tokens)
     assert (torch.cat(parts).float().cpu() - want).abs().nan_to_num(nan=1e9).max() < TOLERANCE / 2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_logits_of_rounded_weights(folder: Path, bits: int) -> None:
+    """The same integers in float32 on the CPU are the reference."""
+    gpu, rounded = opened(), Quantization(bits=bits, group_size=32)
+    model = load_model(folder, placement=placement(gpu, load_config(None, CONFIG), torch.bfloat16, rounded))
+    reference = load_model(folder, placement=Placement(quantize=rounded, backends=(TorchBackend(),)))
+    tokens = random_tokens(50, seed=1)
+    gpu.driver.use(gpu.driver.stream(0))
+    gpu.driver.settle()
+    found = []
+    with torch.inference_mode():
+        for one in (model, reference):
+            sequence = PagedSequences(one, 1, 96)
+            parts = [sequence.step({0: tokens[:40]})[0]]
+            parts += [sequence.step({0: [token]}, is_decode=True)[0] for token in tokens[40:]]
+            found.append(torch.cat(parts).float().cpu())
+    assert (found[0] - found[1]).abs().nan_to_num(nan=1e9).max() < TOLERANCE / 2
 
 
 @pytest.mark.parametrize("graphs", [True, False])

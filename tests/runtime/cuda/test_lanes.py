@@ -160,6 +160,16 @@ def test_a_larger_buffer_takes_the_place_of_a_smaller() -> None:
     assert len(ring.take(5000, output)) == 8192
 
 
+def test_the_smallest_of_several_free_buffers_goes() -> None:
+    ring, outputs = PinnedRing(FakeDriver(), most=2), [StepOutput(), StepOutput()]
+    ring.take(8192, outputs[0])
+    ring.take(4096, outputs[1])
+    for output in outputs:
+        output.finish()
+    assert len(ring.take(16384, outputs[0])) == 16384
+    assert len(ring.take(1, outputs[1])) == 8192
+
+
 def test_releases_come_back_when_a_step_has_failed() -> None:
     ring, output = PinnedRing(FakeDriver()), StepOutput()
     ring.take(1, output)
@@ -209,15 +219,27 @@ def test_graphs_are_captured_from_the_largest_and_share_a_pool() -> None:
     assert graphs.replay(2).data_ptr() == logits.data_ptr()
 
 
-def test_what_cannot_be_captured_runs_without_a_graph() -> None:
+def test_what_cannot_be_captured_runs_without_graphs() -> None:
     driver = FakeDriver(uncapturable=1)
     driver.use(driver.stream(0))
     graphs = DecodeGraphs(driver, (1, 8), lambda size: torch.zeros(size, 3))
     graphs.capture()
-    assert graphs.captured == (8,)
+    assert graphs.captured == ()
+    assert graphs.holding(1) is None
     assert (
         graphs.refused == "a step of 1 sequences cannot be captured: operation not permitted when stream is capturing"
     )
+
+
+def test_a_shortage_in_a_capture_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    driver = FakeDriver()
+    driver.use(driver.stream(0))
+    monkeypatch.setattr(driver, "capture", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        DecodeGraphs(driver, (1,), lambda size: torch.zeros(size, 3)).capture()
 
 
 def test_halves_compute_everything_that_fits() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -25,11 +26,12 @@ from cuda_fakes import CountingLauncher, FakeDriver, gpu
 from fakes import engine, greedy, submit
 from torch import Tensor
 
-from millrace.kernels import ops
 from millrace.kernels.cuda_backend import CudaBackend
 from millrace.kernels.torch_backend import TorchBackend
+from millrace.runtime.gpu import wanted_kernels
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderModel
+from millrace.runtime.quant.rounding import Method, Quantization
 from millrace.runtime.weights.loader import load_model
 from shim.launcher import ShimLauncher
 
@@ -153,8 +155,32 @@ def test_a_pool_of_8_bits(kv: torch.dtype, worst: float, shim: ShimLauncher, tmp
     for tensor in (sequence.kv.storage.view(torch.uint8), sequence.kv.scales):
         assert tensor is not None
         assert torch.equal(tensor[:, :, source], tensor[:, :, target])
-    with pytest.raises(ops.UnservedError, match="torch: it has no rope_kv"):
-        run(PagedSequences(load_model(folder, placement=torch_only(kv)), 1, 96), {0: tokens})
+    by_torch = run(PagedSequences(load_model(folder, placement=torch_only(kv)), 1, 96), {0: tokens})[0]
+    error = (by_torch.float() - reference_logits(reference, tokens)).abs().nan_to_num(nan=float("inf"))
+    assert error.max() < worst
+
+
+@pytest.mark.parametrize(("method", "group", "dtype"), [("int8", 64, torch.float16), ("int4", 32, torch.bfloat16)])
+def test_rounded_weights(method: Method, group: int, dtype: torch.dtype, shim: ShimLauncher, tmp_path: Path) -> None:
+    """The same integers in float32 are the reference: a prompt by widened slices, decode steps by the integers."""
+    folder = checkpoint("qwen3-norms", tmp_path, torch.bfloat16, head_dim=64, tie_word_embeddings=True)
+    rounded = Quantization(method=method, group_size=group)
+    place_there = place(shim, dtype)
+    model = load_model(folder, placement=msgspec.structs.replace(place_there, quantize=rounded))
+    reference = load_model(folder, placement=Placement(quantize=rounded, backends=(TorchBackend(),)))
+    assert model.weight_bytes < 0.7 * load_model(folder, placement=place_there).weight_bytes
+    tokens = random_tokens(45, seed=1)
+    found: list[Tensor] = []
+    shim.launches.clear()
+    for one in (model, reference):
+        sequence = PagedSequences(one, 1, 96)
+        parts = [run(sequence, {0: tokens[:40]})[0]]
+        parts += [run(sequence, {0: [token]}, decode=True)[0] for token in tokens[40:]]
+        found.append(torch.cat(parts).float())
+    assert {"mr_gemv", "mr_dequantise"} <= {kernel.name for kernel in shim.launches}
+    assert set(shim.launches) <= set(wanted_kernels(model))
+    assert (found[0] - found[1]).abs().nan_to_num(nan=float("inf")).max() < WORST
+    assert found[1].std() > 0.3
 
 
 def torch_only(kv: torch.dtype) -> Placement:

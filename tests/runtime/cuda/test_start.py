@@ -1,6 +1,7 @@
 """Starting on a GPU: the memory plan, the refusal with settings that would fit, and a whole runtime on one."""
 
 import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgspec
 import pytest
 import torch
 from cuda_fakes import CountingLauncher, FakeDriver, PaddedLedger, lanes_alive
+from fakes import LedgerModel
 
 from millrace.kernels.cuda_backend import model_kernels
 from millrace.runtime import Runtime, SamplingParams
@@ -133,6 +135,33 @@ def test_a_cpu_is_what_is_asked_for_or_what_there_is() -> None:
             open_gpu(config(device__kind="cuda"))
 
 
+def test_a_cupy_that_cannot_use_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be one for another CUDA: then importing it succeeds."""
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            raise RuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=Device)))
+    with pytest.raises(ConfigError, match=r"CuPy cannot use device 0 .*cudaErrorInsufficientDriver"):
+        open_gpu(config(device__kind="cuda"))
+    assert open_gpu(config()) is None
+
+
+async def test_the_rehearsal_gives_as_many_logits_as_a_step_can(shim: ShimLauncher) -> None:
+    model: Any = PaddedLedger(max_model_len=256)
+    driver, world = FakeDriver("at once"), AsyncioWorld()
+    options = {"scheduler__max_num_seqs": 90, "scheduler__max_prefill_tokens": 120, "device__cuda_graphs": False}
+    gpu = Gpu(driver, CountingLauncher(shim, driver))
+    started = await start_gpu(world, gpu, config(**options), model)
+    started.device.close()
+    await world.close()
+    assert model.most_logits == 90
+
+
 async def test_start_measures_plans_and_captures(shim: ShimLauncher) -> None:
     model: Any = PaddedLedger(max_model_len=256)
     driver = FakeDriver("random", free=64 * MIB, total=80 * MIB, step_bytes=4 * MIB, capture_bytes=(3 * MIB, MIB))
@@ -157,6 +186,24 @@ async def test_start_measures_plans_and_captures(shim: ShimLauncher) -> None:
     assert lanes_alive() == []
 
 
+async def test_a_shortage_behind_the_plan_names_settings(shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = PaddedLedger(max_model_len=64)
+    driver, world = FakeDriver("random"), AsyncioWorld()
+    capture = driver.capture
+
+    def short(*arguments: Any) -> Any:
+        if len(driver.captures) >= 3:  # two are the trial
+            raise torch.OutOfMemoryError("CUDA out of memory\nand a long explanation")
+        return capture(*arguments)
+
+    monkeypatch.setattr(driver, "capture", short)
+    gpu = Gpu(driver, CountingLauncher(shim, driver))
+    with pytest.raises(ConfigError, match=r"\(CUDA out of memory\): lower device\.memory_fraction = 0\.9"):
+        await start_gpu(world, gpu, config(scheduler__max_num_seqs=2), model)
+    await world.close()
+    assert lanes_alive() == []
+
+
 async def test_a_start_that_is_refused_leaves_no_thread(shim: ShimLauncher) -> None:
     model: Any = PaddedLedger(max_model_len=256)
     world = AsyncioWorld()
@@ -172,23 +219,41 @@ async def test_a_start_that_is_refused_leaves_no_thread(shim: ShimLauncher) -> N
     await world.close()
 
 
-async def test_8_bit_keys_are_for_gpus_and_their_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"kv\.dtype is fp8, but on the CPU it must be auto"):
-        await Runtime(device__kind="cpu", kv__dtype="fp8").start()
+async def test_keys_are_of_16_bits_or_of_8_for_some_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher: Any = SimpleNamespace(device_type="cpu", sm_count=1)  # nothing gets so far as to launch a kernel
     monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
-    with pytest.raises(ConfigError, match=r"kv\.dtype is int8, which head sizes of 64, .* have; the model's is 32"):
-        await Runtime(kv__dtype="int8").start()
+    with pytest.raises(ConfigError, match=r"kv\.dtype is bfloat16, but on a GPU it must be auto"):
+        await Runtime(kv__dtype="bfloat16").start()
+    model: Any = LedgerModel()  # of a head size that no kernel has
+    gpu, world = Gpu(FakeDriver(), launcher), AsyncioWorld()
+    with pytest.raises(ConfigError, match=r"kv\.dtype is int8, .*head sizes of 32, 64, .* not 1: use auto"):
+        await start_gpu(world, gpu, config(kv__dtype="int8"), model)
+    await world.close()
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-async def test_a_runtime_on_a_gpu(shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
+async def test_attention_in_torch_is_not_captured(shim: ShimLauncher) -> None:
+    model: Any = PaddedLedger(max_model_len=64)
+    model.spec = msgspec.structs.replace(model.spec, head_dim=24)
+    driver, world = FakeDriver("random"), AsyncioWorld()
+    gpu = Gpu(driver, CountingLauncher(shim, driver))
+    started = await start_gpu(world, gpu, config(scheduler__max_num_seqs=2), model)
+    started.device.close()
+    await world.close()
+    assert driver.captures == []
+    (note,) = started.notes
+    assert note.startswith("decode runs without CUDA graphs: torch computes the attention") and "not 24" in note
+
+
+@pytest.mark.parametrize(("graphs", "quantize"), [(True, "none"), (True, "int8"), (False, "none")])
+async def test_a_runtime_on_a_gpu(
+    shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch, graphs: bool, quantize: str
+) -> None:
     """The embedded model from loading to close, in bfloat16 on the kernels."""
     driver = FakeDriver("random")
     gpu = Gpu(driver, CountingLauncher(shim, driver))
     monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: gpu)
     options = {"scheduler__max_num_seqs": 2, "scheduler__max_prefill_tokens": 32, "model__max_model_len": 128}
-    async with Runtime(device__cuda_graphs=graphs, **options) as runtime:
+    async with Runtime(device__cuda_graphs=graphs, model__quantize=quantize, **options) as runtime:
         assert "a GPU that is none" in runtime.memory_plan.table()
         question = [{"role": "user", "content": "What is the capital of France?"}]
         completion = await runtime.submit(question, SamplingParams(temperature=0.0, max_tokens=12))

@@ -1,5 +1,6 @@
 """The forward pass at its edges, and the storage that it owns."""
 
+import msgspec
 import pytest
 import torch
 from checkpoints import PagedSequences, random_tokens
@@ -24,8 +25,11 @@ CONFIG = {
 }
 
 
-def model() -> DecoderModel:
-    return random_model(CONFIG, seed=1)
+KV = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def model(kv: torch.dtype | None = None) -> DecoderModel:
+    return random_model(CONFIG, seed=1, kv=kv)
 
 
 def test_storage_has_the_documented_layout() -> None:
@@ -36,6 +40,19 @@ def test_storage_has_the_documented_layout() -> None:
     for layer, (keys, values) in enumerate(kv.layers):
         assert keys.data_ptr() == kv.storage[layer, 0].data_ptr()
         assert values.data_ptr() == kv.storage[layer, 1].data_ptr()
+
+
+@pytest.mark.parametrize(("kv", "head"), [("bfloat16", 2 * 8), ("int8", 8 + 4), ("fp8", 8 + 4)])
+def test_narrow_storage_has_the_documented_layout(kv: str, head: int) -> None:
+    made = model(KV[kv])
+    stored = made.allocate_kv(5)
+    assert (stored.storage.shape, stored.storage.dtype) == ((2, 2, 5, 2, BLOCK_SIZE, 8), KV[kv])
+    assert made.kv_bytes_per_token == 2 * 2 * 2 * head
+    if kv == "bfloat16":
+        assert stored.scales is None
+    else:
+        assert stored.scales is not None
+        assert (stored.scales.shape, stored.scales.dtype) == ((2, 2, 5, 2, BLOCK_SIZE), torch.float32)
 
 
 def test_a_chunk_that_wants_no_logits_still_fills_the_cache() -> None:
@@ -64,8 +81,9 @@ def test_a_chunk_that_wants_no_logits_still_fills_the_cache() -> None:
     assert torch.allclose(got, want, atol=1e-5)
 
 
-def test_copied_blocks_serve_another_sequence() -> None:
-    made = model()
+@pytest.mark.parametrize("kv", KV)
+def test_copied_blocks_serve_another_sequence(kv: str) -> None:
+    made = model(KV[kv])
     tokens = random_tokens(33, seed=2, vocab_size=97)
     sequences = PagedSequences(made, 2, 48)
     sequences.step({0: tokens[:32]})
@@ -102,12 +120,15 @@ STACKS = {
 }
 
 
+@pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("name", STACKS)
-def test_all_layers_in_one_call_have_the_bits_of_the_ops_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stacked = random_model(STACKS[name], seed=3)
+def test_all_layers_in_one_call_have_the_bits_of_the_ops_one_by_one(
+    name: str, kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked = random_model(STACKS[name], seed=3, kv=KV[kv])
     with monkeypatch.context() as patch:
         patch.setattr(ops, "pack_decoder", lambda args, backends: None)
-        by_ops = random_model(STACKS[name], seed=3)
+        by_ops = random_model(STACKS[name], seed=3, kv=KV[kv])
     if default_backend_is_torch():
         pytest.skip("NO C++ KERNELS HERE, SO ALL LAYERS IN ONE CALL ARE NOT TESTED: install g++")
     assert stacked._stack is not None and by_ops._stack is None
@@ -142,6 +163,12 @@ def test_all_layers_in_one_call_refuse_what_lies_outside() -> None:
     ):
         with pytest.raises(IndexError, match=complaint):
             made.forward(ForwardBatch(**{**fine, field: value}, max_query_len=2, max_context_len=2), kv)
+    unscaled = msgspec.structs.replace(kv, storage=kv.storage.to(torch.int8))
+    with pytest.raises(ValueError, match=r"kv_storage is int8 .* without kv_scales, but it must be"):
+        made.forward(ForwardBatch(**fine, max_query_len=2, max_context_len=2), unscaled)
+    misfit = msgspec.structs.replace(unscaled, scales=torch.zeros(2, 2, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"kv_scales is float32 \[2, 2, 4, 2, 8\]"):
+        made.forward(ForwardBatch(**fine, max_query_len=2, max_context_len=2), misfit)
     with pytest.raises(ValueError, match=r"slot_mapping is int32 \[2\]"):
         made.forward(
             ForwardBatch(**{**fine, "slot_mapping": fine["slot_mapping"].int()}, max_query_len=2, max_context_len=2), kv

@@ -42,7 +42,7 @@ class ShimLauncher:
         backward: blocks, warps and lanes run from the last to the first.
         late_copies: asynchronous copies land when they are waited for, not when they are issued.
         cache_dir: where compiled kernels lie; None: a folder of this user among the temporary files.
-        sm_count: what the fronts are told.
+        sm_count, shared_bytes_per_sm: what the fronts are told.
         edits: replacements in the sources of kernels/cuda before they are compiled, by file name; each text must be
             there exactly once.
     """
@@ -56,12 +56,14 @@ class ShimLauncher:
         late_copies: bool = True,
         cache_dir: Path | None = None,
         sm_count: int = 4,
+        shared_bytes_per_sm: int = 228 * 1024,
         edits: Edits | None = None,
     ) -> None:
         self.backward = backward
         self.late_copies = late_copies
         self.cache_dir = cache_dir or Path(tempfile.gettempdir()) / f"millrace-shim-{os.getuid()}"
         self.sm_count = sm_count
+        self.shared_bytes_per_sm = shared_bytes_per_sm
         self.launches: list[Kernel] = []
         self.num_switches = 0
         self._edits = edits or {}

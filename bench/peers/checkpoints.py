@@ -1,0 +1,112 @@
+"""Random checkpoints at the shapes of real models, and what each peer makes of them, kept in the cache."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from millrace.runtime.weights.resolve import resolve_model
+from millrace.runtime.weights.synthetic import write_random_checkpoint
+from peers.environments import Environment, NotBuilt, run
+
+HERE = Path(__file__).parent
+SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b")
+
+
+def checkpoint(cache: Path, shape: str) -> Path:
+    """A folder in Hugging Face layout: bfloat16 weights of seed 0, and a tokenizer with a word for every id."""
+    return _once(cache / "models" / shape / "checkpoint", lambda folder: _write_checkpoint(folder, shape))
+
+
+def _write_checkpoint(folder: Path, shape: str) -> None:
+    write_random_checkpoint(folder, shape, seed=0, dtype="bfloat16")
+    source = resolve_model().path
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    lib = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    widen_vocabulary(lib, config["vocab_size"])
+    (folder / "tokenizer.json").write_text(json.dumps(lib), "utf-8")
+    shutil.copy(source / "tokenizer_config.json", folder)
+
+
+def widen_vocabulary(lib: dict[str, Any], size: int) -> None:
+    """Gives a byte-level BPE tokenizer.json a word for each id below `size`; what a text encodes to stays the same.
+
+    Without one, a random model's output would decode to nothing, and a server would send empty pieces.
+    """
+    words = lib["model"]["vocab"]
+    used = {*words.values(), *(token["id"] for token in lib["added_tokens"])}
+    free = [index for index in range(size) if index not in used]
+    names = {index: f"Ġw{index}" for index in free}
+    # Tokenizer classes of transformers add these where they are missing, which would be one word too many.
+    names.update(zip(reversed(free), ("<|endoftext|>", "<unk>", "<s>", "</s>"), strict=False))
+    words.update({word: index for index, word in names.items()})
+
+
+def gguf(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
+    """A GGUF file: F32 and BF16 by our converter, the rest rounded from F32 by llama.cpp itself."""
+    out = cache / "models" / shape / f"{kind}.gguf"
+    if kind in ("F32", "BF16"):
+        command = [sys.executable, str(HERE / "convert_gguf.py"), str(checkpoint(cache, shape))]
+        return _convert(out, env, deadline, lambda to: [*command, str(to), kind.lower()])
+    source = gguf(cache, shape, "F32", env, deadline)
+    command = [env.python, str(HERE / "convert_quantized_gguf.py"), str(source)]
+    return _convert(out, env, deadline, lambda to: [*command, str(to), kind])
+
+
+def openvino(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
+    """OpenVINO's intermediate representation by optimum: fp16, int8, or int4 in groups of 128 (its defaults else)."""
+    source = checkpoint(cache, shape)
+    options = {"int4": ["--weight-format", "int4", "--group-size", "128", "--ratio", "1.0"]}
+    command = [str(env.folder / "bin" / "optimum-cli"), "export", "openvino", "--model", str(source), "--task",
+               "text-generation-with-past", *options.get(kind, ["--weight-format", kind])]  # fmt: skip
+    return _convert(cache / "models" / shape / f"openvino-{kind}", env, deadline, lambda to: [*command, str(to)])
+
+
+def ctranslate2(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
+    command = [str(env.folder / "bin" / "ct2-transformers-converter"), "--model", str(checkpoint(cache, shape)),
+               "--quantization", kind, "--force", "--output_dir"]  # fmt: skip
+    return _convert(cache / "models" / shape / f"ctranslate2-{kind}", env, deadline, lambda to: [*command, str(to)])
+
+
+def onnxruntime(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
+    command = [env.python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint(cache, shape)), "-p", kind,
+               "-e", "cpu", "-c", str(cache / "hf"), "-o"]  # fmt: skip
+    return _convert(
+        cache / "models" / shape / f"onnxruntime-genai-{kind}", env, deadline, lambda to: [*command, str(to)]
+    )
+
+
+Converter = Callable[[Path, str, str, Environment, float], Path]
+CONVERTERS: Mapping[str, Converter] = {
+    "llama.cpp": gguf,
+    "openvino": openvino,
+    "ctranslate2": ctranslate2,
+    "onnxruntime-genai": onnxruntime,
+}
+
+
+def _convert(out: Path, env: Environment, deadline: float, command: Callable[[Path], Sequence[str]]) -> Path:
+    variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env.variables}
+
+    def make(to: Path) -> None:
+        if time.monotonic() > deadline:
+            raise NotBuilt(f"no time is left to make {out.name}")
+        run(command(to), out.parent / f"convert-{out.name}.log", deadline, variables)
+
+    return _once(out, make)
+
+
+def _once(out: Path, make: Callable[[Path], None]) -> Path:
+    """`out`, made under another name first, so that what has that name is whole."""
+    if not out.exists():
+        part = out.with_name(f"part-{out.name}")
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        make(part)
+        part.rename(out)
+    return out

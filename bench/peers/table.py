@@ -1,0 +1,167 @@
+"""What a run says: ratios to each peer, the floor, how far first tokens agree, as tables, JSON and a plot."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from peers.engines import MILLRACE
+from peers.measure import Load, Samples
+
+
+def ratios(samples: Samples, peer: str, load: Load) -> list[float]:
+    """Millrace's rate over the peer's in each round that gave both."""
+    own = samples.answers.get(MILLRACE, {}).get(load.name, [])
+    other = samples.answers.get(peer, {}).get(load.name, [])
+    return [load.rate(a) / load.rate(b) for a, b in zip(own, other, strict=False) if a is not None and b is not None]
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Minimum, median and maximum; None of nothing."""
+    if not values:
+        return None
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def rates(samples: Samples, label: str, load: Load) -> list[float]:
+    return [load.rate(answer) for answer in samples.answers[label][load.name] if answer is not None]
+
+
+def agreement(samples: Samples, peer: str) -> float | None:
+    """The share of prompts whose first token is Millrace's at the same precision: below 1 by rounding, never far at
+    fp32."""
+    same = asked = 0
+    for load, own in samples.answers.get(MILLRACE, {}).items():
+        for a, b in zip(own, samples.answers[peer][load], strict=False):
+            if a is not None and b is not None:
+                firsts = list(zip(a["ids"], b["ids"], strict=True))
+                asked += len(firsts)
+                same += sum(x[0] == y[0] for x, y in firsts)
+    return same / asked if asked else None
+
+
+def weight_bytes(config: Mapping[str, Any], precision: str, group: int = 64) -> float:
+    """Bytes of weights that one decode step must read: all matrices, the one that gives the logits included.
+
+    int8 has a scale for each output (not counted); int4 a 2-byte scale and zero for each group, and 8-bit logits.
+    """
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head * (heads + config.get("num_key_value_heads", heads))
+    layers = config["num_hidden_layers"] * (attention + 3 * hidden * inner)
+    logits = config["vocab_size"] * hidden
+    if precision == "int4":
+        return layers * (0.5 + 4 / group) + logits
+    return (layers + logits) * {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+
+
+def floor_rate(config: Mapping[str, Any], precision: str, load: Load, bandwidth: float) -> float:
+    """Decoded tokens per second if a step did nothing but read the weights once, at `bandwidth` bytes/s."""
+    return load.sequences * bandwidth / weight_bytes(config, precision)
+
+
+def ratio_table(shape: str, parts: Mapping[str, Samples], loads: Sequence[Load]) -> Table:
+    table = Table(title=f"{shape}: Millrace's tokens/s over the peer's, median (min-max) of rounds")
+    for column in ("", "peer", *(load.name for load in loads), "same first token"):
+        table.add_column(column, justify="left" if column in ("", "peer") else "right")
+    for precision, samples in parts.items():
+        for peer in (label for label in samples.answers if label != MILLRACE):
+            cells = [_cell(spread(ratios(samples, peer, load))) for load in loads]
+            agreed = agreement(samples, peer)
+            table.add_row(precision, peer, *cells, "-" if agreed is None else f"{agreed:.0%}")
+    return table
+
+
+def floor_table(
+    shape: str, config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load], bandwidth: float
+) -> Table:
+    decodes = [load for load in loads if load.new_tokens > 1]
+    table = Table(title=f"{shape}: share of the floor, weights read once a step at {bandwidth / 1e9:.1f} GB/s")
+    for column in ("", "engine", *(load.name for load in decodes)):
+        table.add_column(column, justify="left" if column in ("", "engine") else "right")
+    for precision, samples in parts.items():
+        for label in samples.answers:
+            cells = []
+            for load in decodes:
+                found = spread(rates(samples, label, load))
+                floor = floor_rate(config, precision, load, bandwidth)
+                cells.append("-" if found is None else f"{found['median'] / floor:.0%}")
+            table.add_row(precision, label, *cells)
+    return table
+
+
+def _cell(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else f"{found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})"
+
+
+def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load], bandwidth: float) -> Any:
+    """For the JSON of a shape: rates and ratios of every cell, floors, versions, what failed."""
+    return {
+        precision: {
+            "rates": {label: {load.name: rates(samples, label, load) for load in loads} for label in samples.answers},
+            "whole": {
+                label: {
+                    name: [a and {"seconds": a["seconds"], "first_tokens": a["started"]} for a in answers]
+                    for name, answers in cells.items()
+                }
+                for label, cells in samples.answers.items()
+            },
+            "ratios": {
+                label: {load.name: spread(ratios(samples, label, load)) for load in loads}
+                for label in samples.answers
+                if label != MILLRACE
+            },
+            "floors": {
+                load.name: floor_rate(config, precision, load, bandwidth) for load in loads if load.new_tokens > 1
+            },
+            "same_first_token": {label: agreement(samples, label) for label in samples.answers if label != MILLRACE},
+            "versions": samples.versions,
+            "failed": samples.failed,
+        }
+        for precision, samples in parts.items()
+    }
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Bars of median ratios with whiskers from minimum to maximum: a row for each shape, a panel for each load.
+
+    `result` is the JSON of a run. Needs matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = result["shapes"]
+    loads = result["loads"]
+    colors = {"fp32": "#4c72b0", "bf16": "#55a868", "int8": "#c44e52", "int4": "#8172b3"}
+    tallest = max(sum(len(part["ratios"]) for part in parts.values()) for parts in shapes.values())
+    figure, grid = pyplot.subplots(
+        len(shapes), len(loads), figsize=(3.2 * len(loads) + 1.5, len(shapes) * (0.32 * tallest + 1.1)),
+        sharey="row", squeeze=False,
+    )  # fmt: skip
+    for row, (shape, parts) in zip(grid, shapes.items(), strict=True):
+        for axis, load in zip(row, loads, strict=True):
+            labels = []
+            for precision, part in parts.items():
+                for peer, cells in part["ratios"].items():
+                    found, place = cells[load], len(labels)
+                    labels.append(peer)
+                    if found is None:
+                        continue
+                    axis.barh(place, found["median"], color=colors[precision], height=0.7)
+                    axis.plot([found["min"], found["max"]], [place, place], color="black", linewidth=1)
+                    axis.annotate(f"{found['median']:.1f}", (0, place), (3, 0), textcoords="offset points",
+                                  va="center", color="white", fontsize=8)  # fmt: skip
+            axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+            axis.set_yticks(range(len(labels)), labels, fontsize=8)
+            axis.set_title(f"{shape}, {load}", fontsize=9)
+            axis.tick_params(axis="x", labelsize=8)
+        row[0].invert_yaxis()
+    figure.suptitle(f"Millrace's tokens/s over each peer's, {result['threads']} threads", fontsize=10)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)

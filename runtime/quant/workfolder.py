@@ -1,0 +1,115 @@
+"""The folder beside the output in which an unfinished checkpoint grows, so that a killed run goes on where it was."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from millrace.runtime.errors import CheckpointError, ConfigError
+
+_MANIFEST = "manifest.json"
+_DIGESTS = ("model", "text")  # of the manifest
+
+
+class WorkFolder:
+    """`<output>.partial`: what the run was asked for, the shards that are done, and the activations behind the last.
+
+    Attributes:
+        output: the name that the folder gets in the end.
+        shards: where what it will hold is written.
+        layers_done: how many layers an earlier run finished with the same settings and inputs.
+    """
+
+    def __init__(self, output: Path, manifest: Mapping[str, Any]) -> None:
+        """Opens the folder of an earlier run, or makes one.
+
+        Raises ConfigError where the output exists, or where the folder belongs to another run.
+        """
+        refuse_existing(output)
+        self.output = output
+        self._folder = output.with_name(output.name + ".partial")
+        self.shards = self._folder / "output"
+        path = self._folder / _MANIFEST
+        if path.is_file():
+            self._compare(json.loads(path.read_text(encoding="utf-8")), manifest)
+        elif self._folder.exists():
+            raise ConfigError(
+                f"{self._folder} is in the way: unfinished output is kept there. Remove it or name another output"
+            )
+        else:
+            self.shards.mkdir(parents=True)
+            _replace_text(path, json.dumps(manifest, indent=2))
+        states = [int(state.stem.removeprefix("state-")) for state in self._folder.glob("state-*.safetensors")]
+        self.layers_done = max(states, default=0)
+
+    def _compare(self, earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        changed = [
+            f"{key} differs" if key in _DIGESTS else f"{key} was {earlier.get(key)} and is {manifest.get(key)}"
+            for key in sorted({*earlier, *manifest})
+            if earlier.get(key) != manifest.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self._folder} holds the unfinished output of another run: {'; '.join(changed)}. Run it with the "
+                "same settings to go on, or remove the folder to start anew"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """The activations behind the last layer that is done."""
+        return load_file(self._state(self.layers_done))
+
+    def finish_layer(self, shard: str, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Keeps a layer's tensors, and the activations that the next one reads."""
+        self.save(shard, tensors)
+        # In this order: where a state is, the layers before it are.
+        _replace_tensors(self._state(self.layers_done + 1), state)
+        self._state(self.layers_done).unlink(missing_ok=True)
+        self.layers_done += 1
+
+    def save(self, shard: str, tensors: dict[str, Tensor]) -> None:
+        _replace_tensors(self.shards / shard, tensors)
+
+    def publish(self, config: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+        """Writes what is not a tensor, and gives the finished folder its name."""
+        _replace_text(self.shards / "config.json", json.dumps(config, indent=2))
+        _replace_text(self.shards / "model.safetensors.index.json", json.dumps(index, indent=2))
+        refuse_existing(self.output)
+        os.rename(self.shards, self.output)
+        shutil.rmtree(self._folder)
+
+    def _state(self, layers: int) -> Path:
+        return self._folder / f"state-{layers:05}.safetensors"
+
+
+def refuse_existing(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"{output} exists already and is not overwritten: remove it or name another output")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises CheckpointError where `needed` bytes do not fit onto the disk."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"the output and what is kept while it is made take {needed / 1e9:.2f} GB, but {folder} has "
+            f"{free / 1e9:.2f} GB free"
+        )
+
+
+def _replace_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    written = path.with_name(path.name + ".tmp")
+    save_file(tensors, written, {"format": "pt"})
+    os.replace(written, path)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    written = path.with_name(path.name + ".tmp")
+    written.write_text(text + "\n", encoding="utf-8")
+    os.replace(written, path)
