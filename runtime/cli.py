@@ -284,7 +284,7 @@ def _describe(runtime: Runtime) -> None:
     ]
     for name, value, text in rows:
         _err.print(f"  {name:<10} {value:>12}  {text}", markup=False)
-    _err.print(f"  {'weights':<10} {spec.weights}", markup=False, soft_wrap=True)
+    _err.print(f"  {'matrices':<10} {spec.weights}", markup=False, soft_wrap=True)
     _err.print(runtime.memory_plan.table(), markup=False)
 
 

@@ -22,7 +22,7 @@ constexpr int MAX_DIM = 256;
 constexpr int TILE_ROWS = 96;     // query rows (tokens x heads that share a kv head) per task
 constexpr int ROWS = VL == 16 ? 6 : 3;  // rows of a register tile: ROWS x 4 accumulators
 constexpr float LOWEST = -1e30f;  // stands for minus infinity: differences of it stay finite
-constexpr float SMALLEST = 1.17549435e-38f;  // below it products are denormal, which some processors take 100 times as long for
+constexpr float SMALLEST = 1.17549435e-38f;  // below it floats are denormal, for which processors are slow
 
 struct Problem {
     const float* q;       // [num_tokens][num_heads][dim], q_stride elements from token to token
@@ -148,7 +148,8 @@ INLINE void fetch(const void* from, long bytes) {
 
 // One segment against all rows of a task, joined to the running (maximum, sum, values[dim]) of each row in `state`.
 template <class Kv>
-__attribute__((noinline)) void attend_segment(const Problem& p, const Task& task, long segment, const float* query, float* state, Space& space) {
+__attribute__((noinline)) void attend_segment(const Problem& p, const Task& task, long segment, const float* query,
+                                              float* state, Space& space) {
     typedef typename Kv::Element Element;
     const long dim = p.dim, group = p.group(), rows = task.count * group, stride = dim + 2;
     const long begin = most(segment * SEGMENT, task.first_key / BLOCK_SIZE * BLOCK_SIZE);

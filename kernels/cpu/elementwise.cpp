@@ -175,8 +175,10 @@ INLINE void write_token(const float* k, const float* v, const KvPool& pool, int6
     typedef typename Kv::Element Element;
     for (long h = 0; h < heads; h++) {
         const long to = (slot / BLOCK_SIZE * heads + h) * BLOCK_SIZE + slot % BLOCK_SIZE;
-        write_head<Kv>(k + h * dim, (Element*)pool.keys + to * dim, Kv::SCALED ? pool.key_scales + to : nullptr, dim);
-        write_head<Kv>(v + h * dim, (Element*)pool.values + to * dim, Kv::SCALED ? pool.value_scales + to : nullptr, dim);
+        float* k_scale = Kv::SCALED ? pool.key_scales + to : nullptr;
+        float* v_scale = Kv::SCALED ? pool.value_scales + to : nullptr;
+        write_head<Kv>(k + h * dim, (Element*)pool.keys + to * dim, k_scale, dim);
+        write_head<Kv>(v + h * dim, (Element*)pool.values + to * dim, v_scale, dim);
     }
 }
 
@@ -197,8 +199,8 @@ EXPORT long mr_rope(float* q, float* k, const float* cos_sin, const int64_t* pos
 }
 
 // k, v [tokens][heads][dim] -> pool. Returns 0, or 1 + the token with a bad slot.
-EXPORT long mr_write_kv(const float* k, const float* v, const KvPool* pool, const int64_t* slots, long tokens, long heads,
-                        long dim, long num_blocks) {
+EXPORT long mr_write_kv(const float* k, const float* v, const KvPool* pool, const int64_t* slots, long tokens,
+                        long heads, long dim, long num_blocks) {
     for (long t = 0; t < tokens; t++)
         if (slots[t] < 0 || slots[t] >= num_blocks * BLOCK_SIZE) return t + 1;
     with_kv(pool->kind, [&](auto kv) {

@@ -36,8 +36,8 @@ static INLINE vu widen_shorts(const uint16_t* from) {
 #endif
 }
 
-// Bytes e4m3 ("fn", without infinities) as floats, but for a factor of 2^-8: exponents are biased by 7, those of float16
-// by 15, and float16 has room for the subnormals, so that the bits moved up by 7 are a float16. No denormal float32
+// Bytes e4m3 ("fn", without infinities) as floats, but for a factor of 2^-8: exponents are biased by 7, those of
+// float16 by 15, and float16 has room for the subnormals, so that the bits moved up by 7 are a float16. No denormal float32
 // occurs on the way, for which processors are slow. The one NaN comes out as 480 * 2^-8.
 static INLINE vf widen_e4m3(const int8_t* from) {
     // The sign is copied into the upper byte, and so arrives in bits 15 and 14.

@@ -141,9 +141,9 @@ class Job:
             block.weights[name] = weight.widen()
         for values, suffix in ((block.norms, "weight"), (block.biases, "bias")):
             for name, value in values.items():
-                stored = self._source.read(f"{name}.{suffix}").dtype
-                tensors[f"{name}.{suffix}"] = self._kept(value.to(stored), f"{name}.{suffix}")
-                values[name] = tensors[f"{name}.{suffix}"].float()
+                full = f"{name}.{suffix}"
+                tensors[full] = self._kept(value, full) if self._method.is_half else self._source.read(full)
+                values[name] = tensors[full].float()
         block.round_inputs = self._method.round_input
         state = {
             "calibration": _through(block, state["calibration"]),
@@ -171,15 +171,16 @@ class Job:
         norm = self._source.read(f"{decl.final_norm.name}.weight")
         name = (decl.lm_head.parts[0].name if decl.lm_head is not None else decl.embedding.name) + ".weight"
         head = self._source.read(name)
-        values = []
-        for x, scale in ((state["before"], norm), (state["after"], self._kept(norm, decl.final_norm.name))):
-            is_after = scale is not norm
-            normed = torch.nn.functional.rms_norm(x, (x.shape[2],), scale.float(), decl.final_norm.eps)
-            kept = (lambda rows: self._kept(rows, name)) if is_after else (lambda rows: rows)
-            values.append(_nll(normed, self._texts.held_out, head, kept))
+
+        def nll(x: Tensor, kept: Callable[[Tensor], Tensor]) -> float:
+            normed = torch.nn.functional.rms_norm(x, (x.shape[2],), kept(norm).float(), decl.final_norm.eps)
+            return _nll(normed, self._texts.held_out, head, kept)
+
+        before = nll(state["before"], lambda given: given)
+        after = nll(state["after"], lambda given: self._kept(given, f"{decl.final_norm.name} or {name}"))
         self._source.release()
         scored = int(self._texts.held_out.scored[:, 1:].sum())
-        return exp_mean(values[0], scored), exp_mean(values[1], scored), scored
+        return exp_mean(before, scored), exp_mean(after, scored), scored
 
     def _finish(self) -> int:
         """Writes what is not a layer, and gives the output its name; returns the bytes of all tensors."""

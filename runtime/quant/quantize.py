@@ -105,7 +105,7 @@ def quantize(
     source = Source(resolve_model(model_path).path)
     chosen = _choose(method, source, {"bits": bits, "group": group_size, "sym": sym, "desc_act": desc_act})
     texts = _texts(source, chosen, calibration, evaluation, samples, window)
-    check_space(output.parent, _space(source, chosen, texts))
+    check_space(output, _space(source, chosen, texts))
     manifest = {
         **msgspec.to_builtins(chosen),
         "samples": samples,
@@ -140,11 +140,10 @@ def _check_sizes(method: Method, source: Source) -> None:
         inputs = linear.in_features
         for part in linear.parts:
             if group and (group < _LEAST_GROUP or inputs % group):
-                fitting = [size for size in (128, 64, 32, 16) if inputs % size == 0]
-                hint = f"it has {inputs} inputs, which groups of {', '.join(map(str, fitting))} divide"
+                fitting = ", ".join(str(size) for size in (128, 64, 32, 16) if inputs % size == 0)
                 raise ConfigError(
-                    f"group_size is {group}, but for {part.name} it must be a divisor of its inputs of at least "
-                    f"{_LEAST_GROUP}: {hint if fitting else f'it has {inputs} inputs, which none divides'}",
+                    f"group_size is {group}, but for {part.name} it must be a divisor of its {inputs} inputs, and at "
+                    f"least {_LEAST_GROUP}: {fitting or 'there is none, but int8 and fp8 need no groups'}",
                     param="group_size",
                 )
             if part.out_features % method.multiple or inputs % method.multiple:

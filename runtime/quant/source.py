@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from millrace.runtime.errors import CheckpointError
@@ -109,6 +110,12 @@ class Source:
             plain = name if bare else name.removeprefix(prefix)
             if name not in known and not any(pattern.fullmatch(plain) for pattern in self.decl.harmless):
                 faults.append(f"{name} is unexpected")
+        embedding = names[f"{self.decl.embedding.name}.weight"]
+        if self.decl.lm_head is None and stored.keys() >= {"lm_head.weight", embedding}:
+            # Some checkpoints store a tied output matrix a second time.
+            if not torch.equal(self._checkpoint.read("lm_head.weight"), self._checkpoint.read(embedding)):
+                faults.append(f"tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
+            self.release()
         if faults:
             raise CheckpointError(
                 f"the weights in {self.folder} do not fit {self.decl.spec.architecture} as config.json describes it: "

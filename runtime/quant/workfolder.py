@@ -32,7 +32,7 @@ class WorkFolder:
         """
         refuse_existing(output)
         self.output = output
-        self._folder = output.with_name(output.name + ".partial")
+        self._folder = _partial(output)
         self.shards = self._folder / "output"
         path = self._folder / _MANIFEST
         if path.is_file():
@@ -91,16 +91,20 @@ def refuse_existing(output: Path) -> None:
         raise ConfigError(f"{output} exists already and is not overwritten: remove it or name another output")
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises CheckpointError where `needed` bytes do not fit onto the disk."""
-    while not folder.exists():
-        folder = folder.parent
+def check_space(output: Path, needed: int) -> None:
+    """Raises CheckpointError where `needed` bytes, less what an earlier run has written, do not fit onto the disk."""
+    needed -= sum(path.stat().st_size for path in _partial(output).rglob("*") if path.is_file())
+    folder = next(parent for parent in output.parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
             f"the output and what is kept while it is made take {needed / 1e9:.2f} GB, but {folder} has "
             f"{free / 1e9:.2f} GB free"
         )
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _replace_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -133,6 +133,7 @@ def test_commands() -> None:
     assert text.startswith(" a time")
     shown = subprocess.run([*MILLRACE, "inspect"], capture_output=True, text=True, check=True).stderr
     assert "LlamaForCausalLM" in shown
+    assert re.search(r"^  matrices +b?float", shown, re.MULTILINE)
     assert re.search(r"tokens +[\d,]+ +fit into the cache", shown)
     chat = subprocess.run(
         [*MILLRACE, "chat", "--temperature", "0"], input=f"{QUESTION}\n", capture_output=True, text=True, check=True

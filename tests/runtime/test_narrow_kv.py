@@ -7,6 +7,7 @@ import torch
 from checkpoints import PagedSequences, random_tokens
 from fakes import engine, greedy, submit
 
+from millrace.kernels import ops
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime import Runtime, SamplingParams
 from millrace.runtime.models.declaration import Placement
@@ -58,6 +59,20 @@ def test_both_backends_write_and_read_the_same(kv: str) -> None:
     ]
     one, two = (sequence.step({0: tokens})[0] for sequence in sequences)
     assert ((one - two).norm() / two.norm()).item() < 2e-3
+
+
+@pytest.mark.skipif(ops.default_backends()[0].name == "torch", reason="the C++ kernels are not built")
+@pytest.mark.parametrize("kv", KINDS)
+def test_logits_have_the_same_bits_alone_and_in_a_batch(kv: str) -> None:
+    model = random_model(CONFIG, seed=2, kv=KINDS[kv])
+    prompts = {seq: random_tokens(length, seed=seq, vocab_size=97) for seq, length in enumerate((1, 33, 150))}
+    together = PagedSequences(model, 3, 160)
+    batch = [together.step(prompts), together.step({seq: [seq + 5] for seq in prompts})]
+    for seq, prompt in prompts.items():
+        alone = PagedSequences(model, 1, 160, seed=seq + 7)
+        chunks = [prompt[at : at + 40] for at in range(0, len(prompt), 40)]
+        assert torch.equal(torch.cat([alone.step({0: chunk})[0] for chunk in chunks]), batch[0][seq])
+        assert torch.equal(alone.step({0: [seq + 5]})[0], batch[1][seq])
 
 
 @pytest.mark.parametrize("made_of", ["default", "torch"])

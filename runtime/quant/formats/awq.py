@@ -20,10 +20,10 @@ from torch import Tensor
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed
-from millrace.runtime.quant.formats.packing import quantized, unpack_rows
+from millrace.runtime.quant.formats.packing import bytes_of, quantized
 
 _PER_WORD = 8
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where outputs 0, 1, 2, ... of a word lie in it
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where outputs 0, 1, 2, ... of a word lie in it, in units of four bits
 _WORDS_AT_ONCE = 128  # columns of words that are taken apart at a time
 _SUFFIXES = ("qweight", "qzeros", "scales")
 
@@ -62,13 +62,13 @@ class AwqLayout(msgspec.Struct, frozen=True):
 def unpack_columns(words: Tensor) -> Tensor:
     """qweight or qzeros [rows, out / 8] int32 -> integers [out, rows] uint8."""
     rows, columns = words.shape
-    out = torch.empty(columns * _PER_WORD, rows, dtype=torch.uint8)
+    out = torch.empty(columns, _PER_WORD, rows, dtype=torch.uint8)
     for start in range(0, columns, _WORDS_AT_ONCE):
-        some = words[:, start : start + _WORDS_AT_ONCE]
-        integers = unpack_rows(some, 4, some.shape[1] * _PER_WORD).view(rows, -1, _PER_WORD)
-        ordered = integers[:, :, _PLACES].flatten(1)
-        out[start * _PER_WORD : start * _PER_WORD + ordered.shape[1]] = ordered.t()
-    return out
+        some = slice(start, start + _WORDS_AT_ONCE)
+        pairs = bytes_of(words[:, some].t()).view(-1, rows, _PER_WORD // 2)
+        for output, place in enumerate(_PLACES):
+            out[some, output] = (pairs[:, :, place // 2] >> (place % 2 * 4)) & 15
+    return out.flatten(0, 1)
 
 
 class AwqFormat:

@@ -31,7 +31,7 @@ from millrace.runtime.quant.formats.packing import quantized
 
 _BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # that bnb_4bit_quant_storage may have
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_SLICE = 1 << 22  # weights that are wide at a time
+_SLICE = 1 << 20  # weights that are wide at a time
 _STATE = "weight.quant_state.bitsandbytes__"
 _STATE_BYTES = 1 << 16  # more than any has
 _BOOKKEEPING = "bnb_4bit_compute_dtype bnb_4bit_use_double_quant llm_int8_enable_fp32_cpu_offload llm_int8_threshold"

@@ -6,7 +6,7 @@ from torch import Tensor
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.quant.formats.base import Matrix
 
-_SLICE = 1 << 22  # integers that are taken apart at a time
+_SLICE = 1 << 20  # integers that are taken apart at a time
 _HALF_STEP = 2.0**-11  # of float16: its relative rounding error
 
 
@@ -27,16 +27,25 @@ def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     out = torch.empty(words.shape[0], count, dtype=torch.uint8)
     step = max(1, _SLICE // max(1, count))
     for start in range(0, len(out), step):
-        rows = words[start : start + step].contiguous().view(torch.uint8)
+        rows = bytes_of(words[start : start + step])
         integers = _whole(rows, bits) if 8 % bits == 0 else _straddling(rows, bits, count)
         out[start : start + step] = integers[:, :count]
     return out
 
 
+def bytes_of(words: Tensor) -> Tensor:
+    """[..., n] of any type -> [..., n * size] uint8, the lowest byte of each first."""
+    # By way of one dimension: one of size 1 may keep a stride that a view as another type refuses.
+    flat = words.contiguous().flatten().view(torch.uint8)
+    return flat.view(*words.shape[:-1], words.shape[-1] * words.element_size())
+
+
 def _whole(rows: Tensor, bits: int) -> Tensor:
     """Integers that lie within a byte each."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return ((rows[:, :, None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+    out = torch.empty(*rows.shape, 8 // bits, dtype=torch.uint8)
+    for index in range(8 // bits):
+        out[:, :, index] = (rows >> (index * bits)) & ((1 << bits) - 1)
+    return out.flatten(1)
 
 
 def _straddling(rows: Tensor, bits: int, count: int) -> Tensor:

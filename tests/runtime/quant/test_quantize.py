@@ -237,8 +237,8 @@ def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path, text: Path) ->
     ({"method": "gptq", "bits": 5}, "bits is 5, but for gptq it must be 2 or 3 or 4 or 8"),
     ({"method": "int8", "group_size": 32}, "group_size is no setting of int8"),
     ({"method": "awq", "desc_act": True, "sym": True}, "desc_act, sym is no setting of awq"),
-    ({"method": "awq", "group_size": 64}, "mlp.down_proj it must be a divisor of its inputs"),
-    ({"method": "awq", "group_size": 8}, "of at least 16: it has 64 inputs, which groups of 64, 32, 16 divide"),
+    ({"method": "awq", "group_size": 64}, "mlp.down_proj it must be a divisor of its 112 inputs, and at least 16: 16"),
+    ({"method": "awq", "group_size": 8}, "its 64 inputs, and at least 16: 64, 32, 16"),
     ({"method": "gptq", "bits": 3}, "gate_proj is [112, 64], but gptq with 3 bits packs 32 together"),
     ({"method": "int8", "window": 300}, "window is 300, but it must be between 2 and 256"),
     ({"method": "int8", "samples": 0}, "samples is 0, but it must be at least 1"),
@@ -283,6 +283,12 @@ def test_checkpoints_that_cannot_be_quantised(tmp_path: Path, text: Path, monkey
         save_file(tensors, broken / "model.safetensors", {"format": "pt"})
         refused(broken, message, method)
         shutil.rmtree(tmp_path / "out.partial")
+    tied = make_checkpoint("qwen2", tmp_path / "tied")
+    add_tokenizer(tied)
+    tensors = {name: tensor.clone() for name, tensor in load_file(tied / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tied / "model.safetensors", {"format": "pt"})
+    refused(tied, "lm_head.weight differs from model.embed_tokens.weight")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refused(model, "GB, but")

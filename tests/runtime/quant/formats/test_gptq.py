@@ -81,7 +81,7 @@ def test_words_are_those_that_autogptq_packs() -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("count", [1, 7, 31, 32, 33, 100])
+@pytest.mark.parametrize("count", [1, 4, 7, 31, 32, 33, 100])
 def test_any_number_of_integers_of_any_bits_is_unpacked(bits: int, count: int) -> None:
     values = torch.randint(0, 1 << bits, (3, count), generator=torch.Generator().manual_seed(count))
     words = []
