@@ -157,7 +157,7 @@ def test_split_files(given: int, llama: Path, tmp_path: Path) -> None:
 def test_options_that_a_quantised_file_cannot_have(llama: Path, tmp_path: Path) -> None:
     write_gguf(llama, tmp_path / "packed.gguf", lambda name: "Q8_0")
     write_gguf(llama, tmp_path / "plain.gguf")
-    rounding = Quantization(bits=8, group_size=32)
+    rounding = Quantization(method="int8", group_size=32)
     with pytest.raises(ConfigError, match=r"quantised already \(GGUF\): leave the option out"):
         load_model(tmp_path / "packed.gguf", quantize=rounding)
     plain, rounded = (load_model(tmp_path / "plain.gguf", quantize=wanted) for wanted in (None, rounding))

@@ -173,7 +173,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def test_a_quantised_checkpoint_is_not_rounded_again(pair: Pair) -> None:
-    four = Quantization(bits=4, group_size=32)
+    four = Quantization(method="int4", group_size=32)
     for options in ({"quantize": four}, {"placement": Placement(quantize=four)}):
         with pytest.raises(ConfigError, match=r"model\.quantize is int4, but .* is quantised already \(GPTQ\)"):
             load_model(pair.quantized, **options)  # type: ignore[arg-type]
@@ -213,5 +213,5 @@ def test_what_a_gpu_computes_in(pair: Pair, tmp_path: Path) -> None:
 
 def test_plain_checkpoints_tell_their_type(pair: Pair) -> None:
     assert load_model(pair.plain).spec.weights == "float32"
-    rounded = load_model(pair.plain, quantize=Quantization(bits=8, group_size=32))
+    rounded = load_model(pair.plain, quantize=Quantization(method="int8", group_size=32))
     assert rounded.spec.weights == "float32, rounded to 8 bits at load"
