@@ -9,6 +9,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
+from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.weights.checkpoint import StoredTensor
 
 FLOATS = ("F16", "BF16", "F32")  # names of safetensors
@@ -93,6 +94,14 @@ def is_listed(name: str, listed: Collection[str]) -> bool:
     """Whether one of `listed` names the module: whole, or by some of its dotted parts in a row ("lm_head",
     "mlp.gate"), as modules_to_not_convert does."""
     return any(f".{entry}." in f".{name}." for entry in listed)
+
+
+def compiled(config: ConfigReader, key: str, text: str) -> re.Pattern[str]:
+    """A pattern for names of modules out of a checkpoint's settings."""
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        config.refuse(key, f"made of names and regular expressions (in {text!r}: {error})")
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import FLOATS, Layout, Matrix, Part, StoredMatrix
+from millrace.runtime.quant.formats.base import FLOATS, Layout, Matrix, Part, StoredMatrix, compiled
 from millrace.runtime.quant.formats.fp8 import UNUSED_SCALES, Fp8Layout, scaled_layout
 from millrace.runtime.quant.formats.packing import quantized, unpack_rows
 
 _PACKED = "pack-quantized"
 _FORMATS = (_PACKED, "int-quantized", "float-quantized", "naive-quantized")
 _MIXED = "mixed-precision"  # each group names its own
-_SUFFIX = "weight_packed"
 
 
 class Scheme(msgspec.Struct, frozen=True):
@@ -72,7 +71,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
         _, outputs, inputs = self.matrix
         if self.is_packed:
             parts = [
-                Part(_SUFFIX, (outputs, -(-inputs * self.bits // 32)), ("I32",)),
+                Part("weight_packed", (outputs, -(-inputs * self.bits // 32)), ("I32",)),
                 Part("weight_shape", (2,), ("I64", "I32")),
             ]
         else:
@@ -93,7 +92,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
             shape = stored.read("weight_shape").tolist()
             if shape != [outputs, inputs]:
                 self.matrix.refuse(f"weight_shape is {shape}, but it must be {[outputs, inputs]}")
-            q = unpack_rows(stored.read(_SUFFIX), self.bits, inputs)
+            q = unpack_rows(stored.read("weight_packed"), self.bits, inputs)
         else:
             signed = stored.read("weight")
             if self.bits < 8 and not bool(((signed >= -middle) & (signed < middle)).all()):
@@ -164,12 +163,13 @@ class CompressedTensorsFormat:
         groups = config.section("config_groups")
         if groups is None or not groups.values:
             config.refuse("config_groups", "an object with at least one group")
-        self._schemes = [_scheme(groups, key, None if form == _MIXED else form) for key in groups.values]
+        schemes = [_scheme(groups, key, None if form == _MIXED else form) for key in groups.values]
         self._ignored = [_matcher(config, "ignore", entry) for entry in config.strings("ignore")]
-        # As the library resolves it: a name before a pattern, a pattern before a class.
-        targets = [(target, scheme) for scheme in self._schemes for target in scheme.targets]
-        targets.sort(key=lambda pair: (pair[0] == "Linear", pair[0].startswith("re:"), pair[0]))
-        self._targets = [(_matcher(groups, "targets", target), scheme) for target, scheme in targets]
+        # As the library resolves it: the last group that names a target, a name before a pattern, a pattern before a
+        # class.
+        targets = {target: scheme for scheme in schemes for target in scheme.targets}
+        order = sorted(targets, key=lambda target: (target == "Linear", target.startswith("re:"), target))
+        self._targets = [(_matcher(config, "config_groups", target), targets[target]) for target in order]
 
     def layout(self, matrix: Matrix, stored: StoredMatrix) -> Layout | None:
         if any(_names(entry, matrix.name) for entry in self._ignored):
@@ -182,12 +182,7 @@ Matcher = str | re.Pattern[str]
 
 
 def _matcher(config: ConfigReader, key: str, text: str) -> Matcher:
-    if not text.startswith("re:"):
-        return text
-    try:
-        return re.compile(text.removeprefix("re:"))
-    except re.error as error:
-        config.refuse(key, f"names and regular expressions ({text}: {error})")
+    return compiled(config, key, text.removeprefix("re:")) if text.startswith("re:") else text
 
 
 def _names(entry: Matcher, name: str) -> bool:

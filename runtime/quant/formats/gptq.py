@@ -20,7 +20,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix
+from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, compiled
 from millrace.runtime.quant.formats.packing import quantized, unpack_rows
 
 _BITS = (2, 3, 4, 8)
@@ -151,14 +151,11 @@ class _Override(msgspec.Struct, frozen=True):
 def _overrides(dynamic: ConfigReader | None) -> Sequence[tuple[re.Pattern[str], _Override]]:
     """GPTQModel's `dynamic`: patterns that begin with "-:" are of matrices left as they are, which the stored tensors
     show; others ("+:" or nothing in front) change settings. The first that matches counts."""
+    if dynamic is None:
+        return ()
     found = []
-    for key, value in ({} if dynamic is None else dynamic.values).items():
-        assert dynamic is not None
-        text = key.removeprefix("+:").removeprefix("-:")
-        try:
-            pattern = re.compile(text)
-        except re.error as error:
-            dynamic.refuse(key, f"a regular expression ({error})")
+    for key, value in dynamic.values.items():
+        pattern = compiled(dynamic, key, key.removeprefix("+:").removeprefix("-:"))
         if key.startswith("-:"):
             found.append((pattern, _Override(None, None, None)))
             continue

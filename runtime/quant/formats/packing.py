@@ -83,8 +83,11 @@ def quantized(
 
     Args:
         q: [out, in] uint8, below 2 ** bits.
-        scales, zeros: [out, groups], of any floating type; CheckpointError where they are not finite.
+        scales, zeros: [out, groups], of any type; zeros between -256 and 511.
         bits: of the integers, at most 8; they are kept in 4 or 8.
+
+    Raises:
+        CheckpointError: a scale is not finite.
     """
     scales, zeros = scales.float(), zeros.float()
     if not bool(scales.isfinite().all()):

@@ -239,7 +239,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     (["sparsity_config"], {"format": "sparse-24-bitmask"}, "sparsity_config is .*24"),
     (["transform_config"], {"config_groups": {"R1": {}}}, "transform_config is"),
     (["ignore"], "lm_head", "ignore is 'lm_head', but it must be a list of strings"),
-    (["ignore"], ["re:("], r"ignore is .*regular expressions \(re:\("),
+    (["ignore"], ["re:("], r"ignore is .*regular expressions \(in '\('"),
     (["ignore"], [], r"3 missing: lm_head\.weight_packed, lm_head\.weight_scale, .*1 unexpected: lm_head\.weight"),
     (["ignore"], ["lm_head", "re:.*q_proj"], r"2 missing: .*q_proj\.weight, .*6 unexpected: .*q_proj\.weight_packed"),
     (["config_groups"], {}, "config_groups is {}"),
