@@ -24,7 +24,7 @@ from millrace.runtime.cuda.driver import TorchDriver
 from millrace.runtime.cuda.start import on_lane
 from millrace.runtime.gpu import Gpu, open_gpu, placement, start_gpu
 from millrace.runtime.models.declaration import Placement
-from millrace.runtime.quant.rounding import Quantization
+from millrace.runtime.quant.rounding import Method, Quantization
 from millrace.runtime.weights.loader import load_model
 from millrace.runtime.world import AsyncioWorld
 
@@ -90,10 +90,10 @@ def test_logits_of_chunks_and_decode_steps(folder: Path) -> None:
     assert (torch.cat(parts).float().cpu() - want).abs().nan_to_num(nan=1e9).max() < TOLERANCE / 2
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_logits_of_rounded_weights(folder: Path, bits: int) -> None:
+@pytest.mark.parametrize("method", ["int8", "int4", "nf4"])
+def test_logits_of_rounded_weights(folder: Path, method: Method) -> None:
     """The same integers in float32 on the CPU are the reference."""
-    gpu, rounded = opened(), Quantization(bits=bits, group_size=32)
+    gpu, rounded = opened(), Quantization(method=method, group_size=32)
     model = load_model(folder, placement=placement(gpu, load_config(None, CONFIG), torch.bfloat16, rounded))
     reference = load_model(folder, placement=Placement(quantize=rounded, backends=(TorchBackend(),)))
     tokens = random_tokens(50, seed=1)

@@ -148,9 +148,8 @@ def test_fp8_weights_are_those_that_the_library_reads(name: str, scale_type: tor
     want = load_file(pair.plain / "model.safetensors")
     for matrix, weight in read_matrices(pair.quantized).items():
         assert isinstance(weight, Float8Weight)
-        assert torch.equal(weight.widen().bfloat16(), want[f"{matrix}.weight"]), matrix
-    # Rounded to bfloat16, a weight of the plain checkpoint is off by at most 2^-9 of itself.
-    assert relative(logits(load_on_torch(pair.quantized)), wanted_logits(pair)) < 0.01
+        assert torch.equal(weight.widen(), want[f"{matrix}.weight"]), matrix
+    assert (logits(load_on_torch(pair.quantized)) - wanted_logits(pair)).abs().max() < 2e-4
     assert relative(logits(load_model(pair.quantized)), wanted_logits(pair)) < 0.01
 
 

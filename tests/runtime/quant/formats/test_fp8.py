@@ -13,7 +13,6 @@ from quantized_checkpoints import (
     logits,
     make_pair,
     read_matrices,
-    relative,
     wanted_logits,
 )
 from safetensors.torch import load_file
@@ -86,13 +85,11 @@ def test_weights_and_logits(changes: dict[str, Any], convert: Any, described: st
     assert len(matrices) == 14
     for name, weight in matrices.items():
         assert isinstance(weight, Float8Weight)
-        # The plain checkpoint holds them as bfloat16.
-        assert torch.equal(weight.widen().bfloat16(), want[f"{name}.weight"]), name
+        assert torch.equal(weight.widen(), want[f"{name}.weight"]), name
     logits_ = wanted_logits(pair)
-    # The plain one is rounded to bfloat16, a code times its scale is not.
-    assert relative(logits(load_on_torch(pair.quantized)), logits_) < 0.01
     model = load_model(pair.quantized)
-    assert relative(logits(model), logits_) < 0.01
+    for loaded in (load_on_torch(pair.quantized), model):
+        assert (logits(loaded) - logits_).abs().max() < 2e-4
     assert model.spec.weights == f"FP8 E4M3, {described}, packed; others bfloat16"
 
 
