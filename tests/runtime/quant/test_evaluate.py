@@ -31,7 +31,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (200, 64, 32, 0),
     (203, 64, 32, 7),  # a last window that is not full
     (130, 64, 64, 0),  # the first token of a window that keeps nothing is predicted by nothing
-    (90, 40, 1, 50),
+    (70, 40, 3, 50),
 ])  # fmt: skip
 def test_windows_score_every_token_once(
     models: tuple[DecoderModel, object], count: int, window: int, stride: int, skip: int

@@ -100,7 +100,9 @@ def reference_perplexity(reference: Any, rows: Tensor) -> float:
 def test_reports_tell_what_transformers_makes_of_the_written_weights(
     kind: str, method: str, options: dict[str, Any], tmp_path: Path, text: Path
 ) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128} | ({"head_dim": 16} if kind == "llama-biases" else {})
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 128} | (
+        {"head_dim": 16} if kind == "llama-biases" else {}
+    )
     model = make_checkpoint(kind, tmp_path / "model", dtype=torch.bfloat16, **sizes)
     add_tokenizer(model)
     report = METHODS[method](model, tmp_path / "out", group_size=32, calibration=text, evaluation=text, **SMALL,
