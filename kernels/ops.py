@@ -22,21 +22,19 @@ from millrace.kernels.arguments import (
     DecoderArgs,
     DecoderLayerArgs,
     EmbeddingArgs,
-    Float8Args,
     NormArgs,
     NormWeights,
-    PackArgs,
     PackedDecoder,
     PackedLinear,
-    QuantizedArgs,
     Refusal,
     RopeArgs,
     RopeKvArgs,
     WriteKvArgs,
-    describe,
 )
+from millrace.kernels.checks import ACTIVATION, FLOAT, INT, KV_8_BIT, LONG, WEIGHT, check, refuse
 from millrace.kernels.dispatch import Backends, UnservedError, default_backends, prepare, serve
-from millrace.kernels.quantized import CODEBOOK_SIZE, Float8Weight, QuantizedWeight
+from millrace.kernels.pack import pack_decoder, pack_float8, pack_linear, pack_quantized
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 __all__ = [
     "BLOCK_SIZE",
@@ -72,143 +70,25 @@ __all__ = [
 ]
 
 
-def _refuse(op: str, name: str, tensor: Tensor, wanted: str) -> ValueError:
-    return ValueError(f"{op}: {name} is {describe(tensor)}, but it must be {wanted}")
-
-
-_FLOAT = (torch.float32,)
-_KV_8_BIT = (torch.float8_e4m3fn, torch.int8)
-_ACTIVATION = _WEIGHT = (torch.float32, torch.bfloat16, torch.float16)
-_LONG = (torch.int64,)
-_INT = (torch.int32,)
-
-
-def _check(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Contiguous, of one of the dtypes, and of the shape; a string in the shape names a size that may be anything."""
-    given = tensor.shape
-    if (
-        len(given) == len(shape)
-        and tensor.dtype in dtypes
-        and tensor.is_contiguous()
-        and all(want.__class__ is str or size == want for size, want in zip(given, shape, strict=True))
-    ):
-        return
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    raise _refuse(op, name, tensor, f"contiguous {kinds} [{', '.join(map(str, shape))}]")
-
-
-def pack_linear(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: torch.dtype = torch.float32,
-    backends: Backends = None,
-) -> PackedLinear:
-    """Takes a weight [out, in] and bias [out] into the layout that multiplies fastest, for inputs of type `activation`.
-
-    The result keeps either the given tensor or its own copy, never both. For a tied embedding, pack the matrix once
-    and look rows up with `PackedLinear.row_lookup`.
-    """
-    _check("pack_linear", "weight", weight, ("out", "in"), _WEIGHT)
-    if 0 in weight.shape:
-        raise _refuse("pack_linear", "weight", weight, "of at least one row and one column")
-    if bias is not None:
-        _check("pack_linear", "bias", bias, (weight.shape[0],), _WEIGHT)
-    packed: PackedLinear = serve("pack_linear", PackArgs(weight, bias, activation), backends)
-    return packed
-
-
-def pack_quantized(
-    weight: QuantizedWeight,
-    bias: Tensor | None = None,
-    *,
-    activation: torch.dtype = torch.float32,
-    backends: Backends = None,
-) -> PackedLinear:
-    """As `pack_linear`, for a matrix of 8 or 4 bits: weight = scale * (q - zero), group by group of its inputs.
-
-    The C++ backend also rounds activations to 8 bits, with a scale for each row and group; torch does not.
-    """
-    op, q = "pack_quantized", weight.q
-    if weight.bits not in (4, 8):
-        raise ValueError(f"{op}: bits is {weight.bits}, but it must be 4 or 8")
-    _check(op, "q", q, ("out", "in"), (torch.uint8,))
-    if 0 in q.shape:
-        raise _refuse(op, "q", q, "of at least one row and one column")
-    _check(op, "scales", weight.scales, (q.shape[0], "groups"), (torch.float16,))
-    groups = weight.scales.shape[1]
-    if not groups or q.shape[1] % groups:
-        raise _refuse(op, "scales", weight.scales, f"of as many columns as groups divide {q.shape[1]} inputs")
-    _check(op, "zeros", weight.zeros, (q.shape[0], groups), (torch.float16,))
-    largest = int(q.max())
-    if largest >= 1 << weight.bits:
-        raise ValueError(f"{op}: q reaches {largest}, but {weight.bits} bits hold 0 to {(1 << weight.bits) - 1}")
-    if weight.codebook is not None:
-        _check(op, "codebook", weight.codebook, (CODEBOOK_SIZE,), (torch.int8,))
-        if weight.bits != 4:
-            raise ValueError(f"{op}: bits is {weight.bits}, but with a codebook it must be 4")
-    if weight.order is not None:
-        _check(op, "order", weight.order, (q.shape[1],), _LONG)
-        if not torch.equal(weight.order.sort().values, torch.arange(q.shape[1], device=q.device)):
-            raise ValueError(f"{op}: order must hold each of the {q.shape[1]} inputs once")
-    if bias is not None:
-        _check(op, "bias", bias, (q.shape[0],), _WEIGHT)
-    packed: PackedLinear = serve(op, QuantizedArgs(weight, bias, activation), backends)
-    return packed
-
-
-def pack_float8(
-    weight: Float8Weight,
-    bias: Tensor | None = None,
-    *,
-    activation: torch.dtype = torch.float32,
-    backends: Backends = None,
-) -> PackedLinear:
-    """As `pack_linear`, for a matrix of float8_e4m3fn with scales. Activations stay as they are."""
-    op, codes = "pack_float8", weight.codes
-    _check(op, "codes", codes, ("out", "in"), (torch.float8_e4m3fn,))
-    if 0 in codes.shape:
-        raise _refuse(op, "codes", codes, "of at least one row and one column")
-    _check(op, "scales", weight.scales, (codes.shape[0], "groups"), _FLOAT)
-    if weight.group_size < 1 or weight.scales.shape[1] != -(-codes.shape[1] // weight.group_size):
-        wanted = f"of one column for each {weight.group_size} of {codes.shape[1]} inputs"
-        raise _refuse(op, "scales", weight.scales, wanted)
-    if bool((codes.view(torch.uint8) & 127 == 127).any()):
-        raise ValueError(f"{op}: codes hold NaN")
-    if bias is not None:
-        _check(op, "bias", bias, (codes.shape[0],), _WEIGHT)
-    packed: PackedLinear = serve(op, Float8Args(weight, bias, activation), backends)
-    return packed
-
-
-def pack_decoder(args: DecoderArgs, *, backends: Backends = None) -> PackedDecoder | None:
-    """All layers as one call, with the same result as the ops one by one; None where no backend has that."""
-    for backend in default_backends() if backends is None else backends:
-        packed = backend.pack_decoder(args)
-        if not isinstance(packed, Refusal):
-            return packed
-    return None
-
-
 def embedding(
     tokens: Tensor, weight: Tensor, *, dtype: torch.dtype = torch.float32, backends: Backends = None
 ) -> Tensor:
     """Rows of a table: tokens [num_tokens] int64, weight [vocab, hidden] -> [num_tokens, hidden] of type `dtype`."""
-    _check("embedding", "tokens", tokens, ("num_tokens",), _LONG)
-    _check("embedding", "weight", weight, ("vocab", "hidden"), _WEIGHT)
+    check("embedding", "tokens", tokens, ("num_tokens",), LONG)
+    check("embedding", "weight", weight, ("vocab", "hidden"), WEIGHT)
     y: Tensor = serve("embedding", EmbeddingArgs(tokens, weight, dtype), backends)
     return y
 
 
 def _check_norm(op: str, args: NormArgs) -> None:
     x = args.x
-    if x.dim() < 1 or x.dtype not in _ACTIVATION or not x.is_contiguous():
-        raise _refuse(op, "x", x, "contiguous float32, bfloat16 or float16 [..., hidden]")
-    _check(op, "weight", args.weight, (x.shape[-1],), _WEIGHT)
+    if x.dim() < 1 or x.dtype not in ACTIVATION or not x.is_contiguous():
+        raise refuse(op, "x", x, "contiguous float32, bfloat16 or float16 [..., hidden]")
+    check(op, "weight", args.weight, (x.shape[-1],), WEIGHT)
     if args.bias is not None:
-        _check(op, "bias", args.bias, (x.shape[-1],), _WEIGHT)
+        check(op, "bias", args.bias, (x.shape[-1],), WEIGHT)
     if args.residual is not None:
-        _check(op, "residual", args.residual, tuple(x.shape), (x.dtype,))
+        check(op, "residual", args.residual, tuple(x.shape), (x.dtype,))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backends: Backends = None) -> Tensor:
@@ -247,17 +127,17 @@ def add_layer_norm(
 
 def silu_mul(gate_up: Tensor, *, backends: Backends = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020): gate_up [num_tokens, 2 * width], gate first -> [num_tokens, width]."""
-    _check("silu_mul", "gate_up", gate_up, ("num_tokens", "2 * width"), _ACTIVATION)
+    check("silu_mul", "gate_up", gate_up, ("num_tokens", "2 * width"), ACTIVATION)
     if gate_up.shape[1] % 2:
-        raise _refuse("silu_mul", "gate_up", gate_up, "of an even width: gate, then up")
+        raise refuse("silu_mul", "gate_up", gate_up, "of an even width: gate, then up")
     y: Tensor = serve("silu_mul", ActivationArgs(gate_up), backends)
     return y
 
 
 def gelu_tanh(x: Tensor, *, backends: Backends = None) -> Tensor:
     """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) elementwise (Hendrycks & Gimpel 2016)."""
-    if x.dtype not in _ACTIVATION or not x.is_contiguous():
-        raise _refuse("gelu_tanh", "x", x, "contiguous float32, bfloat16 or float16")
+    if x.dtype not in ACTIVATION or not x.is_contiguous():
+        raise refuse("gelu_tanh", "x", x, "contiguous float32, bfloat16 or float16")
     y: Tensor = serve("gelu_tanh", ActivationArgs(x), backends)
     return y
 
@@ -268,23 +148,23 @@ def rope_(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, *, backends:
     q [num_tokens, num_heads, head_dim], k [num_tokens, num_kv_heads, head_dim], cos_sin [max_positions, rotary_dim]
     with the cosines in the first half of the columns, positions [num_tokens] int64 below max_positions.
     """
-    _check("rope_", "q", q, ("num_tokens", "num_heads", "head_dim"), _ACTIVATION)
-    _check("rope_", "k", k, (q.shape[0], "num_kv_heads", q.shape[2]), (q.dtype,))
-    _check("rope_", "cos_sin", cos_sin, ("max_positions", "rotary_dim"), _FLOAT)
-    _check("rope_", "positions", positions, (q.shape[0],), _LONG)
+    check("rope_", "q", q, ("num_tokens", "num_heads", "head_dim"), ACTIVATION)
+    check("rope_", "k", k, (q.shape[0], "num_kv_heads", q.shape[2]), (q.dtype,))
+    check("rope_", "cos_sin", cos_sin, ("max_positions", "rotary_dim"), FLOAT)
+    check("rope_", "positions", positions, (q.shape[0],), LONG)
     _check_rotary_dim("rope_", cos_sin, q.shape[2])
     serve("rope", RopeArgs(q, k, cos_sin, positions), backends)
 
 
 def _check_rotary_dim(op: str, cos_sin: Tensor, head_dim: int) -> None:
     if cos_sin.shape[1] % 2 or cos_sin.shape[1] > head_dim:
-        raise _refuse(op, "cos_sin", cos_sin, f"of an even rotary_dim up to head_dim {head_dim}")
+        raise refuse(op, "cos_sin", cos_sin, f"of an even rotary_dim up to head_dim {head_dim}")
 
 
 def _kv_dtypes(activation: torch.dtype, kv_scales: Tensor | None) -> tuple[torch.dtype, ...]:
     """What a pool may be of: the activations' dtype, bfloat16 beside float32, or 8 bits with scales."""
     if kv_scales is not None:
-        return _KV_8_BIT
+        return KV_8_BIT
     return (torch.float32, torch.bfloat16) if activation == torch.float32 else (activation,)
 
 
@@ -299,10 +179,10 @@ def _check_cache(
 ) -> None:
     """The pool of one layer."""
     shape = ("num_blocks", num_kv_heads, BLOCK_SIZE, head_dim)
-    _check(op, "k_cache", k_cache, shape, _kv_dtypes(dtype, kv_scales))
-    _check(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,))
+    check(op, "k_cache", k_cache, shape, _kv_dtypes(dtype, kv_scales))
+    check(op, "v_cache", v_cache, tuple(k_cache.shape), (k_cache.dtype,))
     if kv_scales is not None:
-        _check(op, "kv_scales", kv_scales, (2, *k_cache.shape[:3]), _FLOAT)
+        check(op, "kv_scales", kv_scales, (2, *k_cache.shape[:3]), FLOAT)
 
 
 def write_kv(
@@ -320,10 +200,10 @@ def write_kv(
     slot_mapping [num_tokens] int64 is block * BLOCK_SIZE + offset; no slot may occur twice. kv_scales, as for rope_kv,
     is written along with a pool of 8 bits.
     """
-    _check("write_kv", "k", k, ("num_tokens", "num_kv_heads", "head_dim"), _ACTIVATION)
-    _check("write_kv", "v", v, tuple(k.shape), (k.dtype,))
+    check("write_kv", "k", k, ("num_tokens", "num_kv_heads", "head_dim"), ACTIVATION)
+    check("write_kv", "v", v, tuple(k.shape), (k.dtype,))
     _check_cache("write_kv", k_cache, v_cache, k.shape[1], k.shape[2], k.dtype, kv_scales)
-    _check("write_kv", "slot_mapping", slot_mapping, (k.shape[0],), _LONG)
+    check("write_kv", "slot_mapping", slot_mapping, (k.shape[0],), LONG)
     serve("write_kv", WriteKvArgs(k, v, k_cache, v_cache, slot_mapping, kv_scales), backends)
 
 
@@ -361,21 +241,21 @@ def rope_kv(
     """
     op = "rope_kv"
     kv_shape = (2, "num_blocks", "num_kv_heads", BLOCK_SIZE, "head_dim")
-    _check(op, "kv_cache", kv_cache, kv_shape, _kv_dtypes(qkv.dtype, kv_scales))
+    check(op, "kv_cache", kv_cache, kv_shape, _kv_dtypes(qkv.dtype, kv_scales))
     if kv_scales is not None:
-        _check(op, "kv_scales", kv_scales, tuple(kv_cache.shape[:-1]), _FLOAT)
+        check(op, "kv_scales", kv_scales, tuple(kv_cache.shape[:-1]), FLOAT)
     kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
-    _check(op, "qkv", qkv, ("num_tokens", (num_heads + 2 * kv_heads) * head_dim), _ACTIVATION)
-    _check(op, "positions", positions, (qkv.shape[0],), _LONG)
-    _check(op, "slot_mapping", slot_mapping, (qkv.shape[0],), _LONG)
+    check(op, "qkv", qkv, ("num_tokens", (num_heads + 2 * kv_heads) * head_dim), ACTIVATION)
+    check(op, "positions", positions, (qkv.shape[0],), LONG)
+    check(op, "slot_mapping", slot_mapping, (qkv.shape[0],), LONG)
     if cos_sin is not None:
-        _check(op, "cos_sin", cos_sin, ("max_positions", "rotary_dim"), _FLOAT)
+        check(op, "cos_sin", cos_sin, ("max_positions", "rotary_dim"), FLOAT)
         _check_rotary_dim(op, cos_sin, head_dim)
     if (q_norm is None) != (k_norm is None):
         raise ValueError(f"{op}: q_norm and k_norm must be given both or neither")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            _check(op, name, norm, (head_dim,), _WEIGHT)
+            check(op, name, norm, (head_dim,), WEIGHT)
     args = RopeKvArgs(qkv, num_heads, kv_cache, positions, slot_mapping, cos_sin, q_norm, k_norm, eps, kv_scales)
     for backend in default_backends() if backends is None else backends:
         y = backend.rope_kv(args)
@@ -413,11 +293,11 @@ def attention_batch(
     """
     op = "attention_batch"
     num_seqs = context_lens.shape[0] if context_lens.dim() == 1 else -1
-    _check(op, "context_lens", context_lens, ("num_seqs",), _INT)
-    _check(op, "query_starts", query_starts, (num_seqs + 1,), _INT)
-    _check(op, "block_tables", block_tables, (num_seqs, "max_blocks"), _INT)
+    check(op, "context_lens", context_lens, ("num_seqs",), INT)
+    check(op, "query_starts", query_starts, (num_seqs + 1,), INT)
+    check(op, "block_tables", block_tables, (num_seqs, "max_blocks"), INT)
     if max_context_len > block_tables.shape[1] * BLOCK_SIZE:
-        raise _refuse(op, "block_tables", block_tables, f"wide enough for max_context_len {max_context_len}")
+        raise refuse(op, "block_tables", block_tables, f"wide enough for max_context_len {max_context_len}")
     if host is None and context_lens.device.type != "cpu":
         if max_query_len != 1:
             raise ValueError(f"{op}: max_query_len is {max_query_len}, but without host bounds it must be 1")
@@ -477,10 +357,10 @@ def paged_attention(
     Returns:
         [num_tokens, num_heads, head_dim].
     """
-    _check("paged_attention", "q", q, (batch.num_tokens, "num_heads", "head_dim"), _ACTIVATION)
+    check("paged_attention", "q", q, (batch.num_tokens, "num_heads", "head_dim"), ACTIVATION)
     _check_cache("paged_attention", k_cache, v_cache, "num_kv_heads", q.shape[2], q.dtype, kv_scales)
     if q.shape[1] % k_cache.shape[1]:
-        raise _refuse("paged_attention", "q", q, f"of num_heads divisible by num_kv_heads {k_cache.shape[1]}")
+        raise refuse("paged_attention", "q", q, f"of num_heads divisible by num_kv_heads {k_cache.shape[1]}")
     if window is not None and window < 1:
         raise ValueError(f"paged_attention: window is {window}, but it must be None or at least 1")
     y: Tensor = serve("paged_attention", AttentionArgs(q, k_cache, v_cache, batch, scale, window, kv_scales), backends)
@@ -500,10 +380,10 @@ def copy_blocks(
     kv_storage [num_layers, 2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; source, target [num_copies] int64, on
     the host wherever the storage is. kv_scales, the same without head_dim, moves along with a pool of 8 bits.
     """
-    dtypes = _ACTIVATION if kv_scales is None else _KV_8_BIT
-    _check("copy_blocks", "kv_storage", kv_storage, ("layers", 2, "blocks", "kv_heads", BLOCK_SIZE, "dim"), dtypes)
+    dtypes = ACTIVATION if kv_scales is None else KV_8_BIT
+    check("copy_blocks", "kv_storage", kv_storage, ("layers", 2, "blocks", "kv_heads", BLOCK_SIZE, "dim"), dtypes)
     if kv_scales is not None:
-        _check("copy_blocks", "kv_scales", kv_scales, tuple(kv_storage.shape[:-1]), _FLOAT)
-    _check("copy_blocks", "source", source, ("num_copies",), _LONG)
-    _check("copy_blocks", "target", target, tuple(source.shape), _LONG)
+        check("copy_blocks", "kv_scales", kv_scales, tuple(kv_storage.shape[:-1]), FLOAT)
+    check("copy_blocks", "source", source, ("num_copies",), LONG)
+    check("copy_blocks", "target", target, tuple(source.shape), LONG)
     serve("copy_blocks", CopyBlocksArgs(kv_storage, source, target, kv_scales), backends)
