@@ -20,6 +20,10 @@ class NotBuilt(Exception):
     """A peer, or a model for it, could not be made; the text is the reason, in a line."""
 
 
+class OutOfTime(NotBuilt):
+    """It was stopped on its way; the next run goes on from there."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What makes an environment: pip requirements, then commands; `{env}` stands for its folder.
@@ -111,9 +115,9 @@ class Environment:
 
 
 def build(recipe: Recipe, cache: Path, limit: float, rebuild: bool = False) -> Environment:
-    """The environment of `recipe` in `cache`, made if it is not there; a failure is remembered, too, until `rebuild`.
+    """The environment of `recipe` in `cache`, made if it is not there; a failure is remembered until `rebuild`.
 
-    Raises NotBuilt with the reason: the failing command's last words, or the `limit` in seconds that it ran into.
+    Raises NotBuilt with the failing command's last error, OutOfTime where it took longer than `limit` seconds.
     """
     folder = cache / "env" / recipe.name
     variables = {name: value.format(env=folder) for name, value in recipe.variables.items()}
@@ -138,6 +142,8 @@ def build(recipe: Recipe, cache: Path, limit: float, rebuild: bool = False) -> E
         for command in recipe.commands:
             run([part.format(env=folder) for part in command], log, deadline, variables)
         version = run([python, "-c", recipe.check], log, deadline, variables).strip().splitlines()[-1]
+    except OutOfTime:
+        raise
     except NotBuilt as error:
         _stamp(folder, recipe, reason=str(error))
         raise
@@ -151,7 +157,7 @@ def _stamp(folder: Path, recipe: Recipe, **outcome: str) -> None:
 
 
 def run(command: Sequence[str], log: Path, deadline: float, variables: Mapping[str, str] | None = None) -> str:
-    """Runs a command at low priority into `log`; its output. Raises NotBuilt with its last error, or its time limit."""
+    """Runs a command at low priority into `log`; its output. Raises NotBuilt with its last error, or OutOfTime."""
     log.parent.mkdir(parents=True, exist_ok=True)
     name = " ".join(Path(part).name if part.startswith("/") else part for part in command[:4])
     begin = log.stat().st_size if log.exists() else 0
@@ -173,7 +179,7 @@ def run(command: Sequence[str], log: Path, deadline: float, variables: Mapping[s
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
-                raise NotBuilt(f"`{name}` did not end within its time; the log is {log}") from error
+                raise OutOfTime(f"`{name}` did not end within its time; the log is {log}") from error
             raise
     with log.open("rb") as whole:
         whole.seek(begin)

@@ -14,7 +14,7 @@ from peers import environments, table
 from peers.checkpoints import widen_vocabulary
 from peers.convert_gguf import convert, interleave, llama3_factors
 from peers.engines import ENGINES, MILLRACE, PEERS, Engine, chosen
-from peers.environments import NotBuilt, Recipe, build, last_error, run
+from peers.environments import NotBuilt, OutOfTime, Recipe, build, last_error, run
 from peers.http_part import IN_PROCESS, LLAMA_SERVER, MILLRACE_SERVER, Streams, http_ratios, measure_http
 from peers.measure import LOADS, Load, Samples, fit_together, measure, turns
 from peers.protocol import Tally
@@ -325,7 +325,7 @@ def test_an_environment_is_built_once_and_a_failure_is_remembered(
 
 
 def test_a_command_has_its_time(tmp_path: Path) -> None:
-    with pytest.raises(NotBuilt, match="`sleep 100` did not end within its time"):
+    with pytest.raises(OutOfTime, match="`sleep 100` did not end within its time"):
         run(["sleep", "100"], tmp_path / "log", time.monotonic())
     with pytest.raises(NotBuilt, match="`no-such-command`"):
         run(["no-such-command"], tmp_path / "log", time.monotonic() + 10)
