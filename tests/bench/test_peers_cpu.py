@@ -209,7 +209,7 @@ def test_the_order_moves_on() -> None:
 
 def test_how_many_fit_into_memory() -> None:
     assert fit_together([OWN, PEER], 500_000_000, 8_000_000_000)
-    assert not fit_together([OWN, PEER], 1_200_000_000, 15_000_000_000)
+    assert not fit_together([OWN, PEER], 1_200_000_000, 13_000_000_000)
 
 
 def test_rounds_have_prompts_of_their_own_and_repeat() -> None:
