@@ -92,7 +92,7 @@ RECIPES: Mapping[str, Recipe] = {
         # The wheels of PyPI are for CUDA; from source the CPU build is asked for.
         Recipe(
             "vllm",
-            (TORCH, "setuptools>=77,<81", "setuptools_scm", "wheel", "cmake", "ninja", "packaging", "numpy", "jinja2"),
+            (TORCH, "setuptools>=77,<81", "setuptools_scm", "setuptools_rust", "wheel", "cmake", "ninja", "packaging", "numpy", "jinja2"),
             "import vllm, vllm._C; print(vllm.__version__)",
             (("{env}/bin/python", "-m", "pip", "install", "--no-build-isolation", "--no-binary", "vllm", "vllm"),),
             {"VLLM_TARGET_DEVICE": "cpu", "MAX_JOBS": "2"},
@@ -190,7 +190,8 @@ def run(command: Sequence[str], log: Path, deadline: float, variables: Mapping[s
 
 
 def last_error(output: str) -> str:
-    """The last line of a log that speaks of an error, else its last line."""
+    """The last exception that a log shows, else its last line that speaks of an error, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception): ", line)]
     told = [line for line in lines if re.search(r"error|fatal|failed", line, re.IGNORECASE)]
-    return (told or lines or ["nothing was printed"])[-1][:300]
+    return (raised or told or lines or ["nothing was printed"])[-1][:300]

@@ -329,7 +329,9 @@ def test_a_command_has_its_time(tmp_path: Path) -> None:
         run(["sleep", "100"], tmp_path / "log", time.monotonic())
     with pytest.raises(NotBuilt, match="`no-such-command`"):
         run(["no-such-command"], tmp_path / "log", time.monotonic() + 10)
-    assert last_error("a\nerror: b\n  c\n") == "error: b" and last_error("") == "nothing was printed"
+    assert last_error("a\nerror: b\n  c\n") == "error: b"
+    assert last_error("  OSError: full\nnote: see above\nerror: pip failed\n") == "OSError: full"
+    assert last_error("c\n") == "c" and last_error("") == "nothing was printed"
 
 
 def gguf_of(folder: Path, shape: dict[str, Any], kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
