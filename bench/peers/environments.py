@@ -52,6 +52,8 @@ _LLAMA_OPTIONS = (
     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
 )  # fmt: skip
 
+_VLLM = "https://files.pythonhosted.org/packages/source/v/vllm/vllm-0.33.0.tar.gz"
+
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -89,12 +91,13 @@ RECIPES: Mapping[str, Recipe] = {
             ("onnxruntime-genai", "onnx", "onnx_ir", "transformers", TORCH),
             "import onnxruntime_genai; print(onnxruntime_genai.__version__)",
         ),
-        # The wheels of PyPI are for CUDA; from source the CPU build is asked for.
+        # The wheels of PyPI are for CUDA. By its name pip refuses what the source builds (0.33.0+cpu is not 0.33.0), so it
+        # is named by its address. The build fetches oneDNN from GitHub.
         Recipe(
             "vllm",
             (TORCH, "setuptools>=77,<81", "setuptools_scm", "setuptools_rust", "wheel", "cmake", "ninja", "packaging", "numpy", "jinja2"),
             "import vllm, vllm._C; print(vllm.__version__)",
-            (("{env}/bin/python", "-m", "pip", "install", "--no-build-isolation", "--no-binary", "vllm", "vllm"),),
+            (("{env}/bin/python", "-m", "pip", "install", "--no-build-isolation", "vllm @ " + _VLLM),),
             {"VLLM_TARGET_DEVICE": "cpu", "MAX_JOBS": "2"},
         ),
     )

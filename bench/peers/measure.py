@@ -98,7 +98,7 @@ def measure(
                     running[engine.label] = start(engine)
                     samples.versions[engine.label] = running[engine.label].versions
                 answer = running[engine.label].run(load.prompts(number), load.new_tokens)
-                told(f"{engine.label} {load.name}: {load.rate(answer):.1f} tokens/s")
+                told(f"round {number + 1}, {load.name}: {engine.label}")
             except WorkerError as error:
                 samples.failed[engine.label] = f"{load.name}: {error}"
                 told(f"{engine.label} is out: {samples.failed[engine.label]}")

@@ -166,7 +166,7 @@ def test_engines_take_turns_and_rounds_give_ratios(together: bool) -> None:
     assert table.ratios(samples, "peer", SMALL[0]) == [3.0, 3.0] == table.ratios(samples, "peer", SMALL[1])
     assert table.spread([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0} and table.spread([]) is None
     assert table.agreement(samples, "peer") == 1.0
-    assert said[0] == "Millrace two: 2.0 tokens/s" and len(said) == 8 and not samples.failed
+    assert said[0] == "round 1, two: Millrace" and len(said) == 8 and not samples.failed
 
 
 def test_an_engine_that_fails_is_out_and_the_rest_goes_on() -> None:
