@@ -91,11 +91,12 @@ RECIPES: Mapping[str, Recipe] = {
             ("onnxruntime-genai", "onnx", "onnx_ir", "transformers", TORCH),
             "import onnxruntime_genai; print(onnxruntime_genai.__version__)",
         ),
-        # The wheels of PyPI are for CUDA. By its name pip refuses what the source builds (0.33.0+cpu is not 0.33.0), so it
-        # is named by its address. The build fetches oneDNN from GitHub.
+        # The wheels of PyPI are for CUDA. By its name pip refuses what the source builds (0.33.0+cpu is not 0.33.0), so
+        # it is named by its address. The build fetches oneDNN from GitHub.
         Recipe(
             "vllm",
-            (TORCH, "setuptools>=77,<81", "setuptools_scm", "setuptools_rust", "wheel", "cmake", "ninja", "packaging", "numpy", "jinja2"),
+            (TORCH, "setuptools>=77,<81", "setuptools_scm", "setuptools_rust", "wheel", "cmake", "ninja", "packaging",
+             "numpy", "jinja2"),
             "import vllm, vllm._C; print(vllm.__version__)",
             (("{env}/bin/python", "-m", "pip", "install", "--no-build-isolation", "vllm @ " + _VLLM),),
             {"VLLM_TARGET_DEVICE": "cpu", "MAX_JOBS": "2"},
