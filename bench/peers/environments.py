@@ -52,7 +52,10 @@ _LLAMA_OPTIONS = (
     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
 )  # fmt: skip
 
-_VLLM = "https://files.pythonhosted.org/packages/source/v/vllm/vllm-0.33.0.tar.gz"
+_VLLM = (
+    "https://files.pythonhosted.org/packages/f7/25/aa5684e9c59d6fc75f78926b7f15e8d9adc7de2d9e6e7575b80776ad8169/"
+    "vllm-0.33.0.tar.gz"
+)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
