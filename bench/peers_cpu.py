@@ -19,6 +19,7 @@ Leave the machine alone meanwhile. Exit status: 0; 1 if an engine failed or time
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -86,19 +87,24 @@ class Bench:
             command, self._variables(env), self._log(f"{shape} {engine.label} {engine.precision}"), JOB_LIMIT_S
         )
 
-    def measure(self, engines: Sequence[Engine], shape: str) -> dict[str, Samples]:
-        """Precision by precision: engines of one take turns, and only they are in memory."""
-        parts = {}
+    def measure(self, engines: Sequence[Engine], shape: str, parts: dict[str, Samples]) -> None:
+        """Fills `parts` precision by precision: engines of one take turns, and only they are in memory."""
         for precision in self.args.precisions:
             group = [e for e in engines if e.precision == precision and self._usable(e, shape)]
             weights = table.weight_bytes(preset(shape), "int8")
             together = fit_together(group, round(weights), available_memory())
             how = "all in memory" if together else "one in memory at a time"
             self.console.print(f"{shape} {precision}: {', '.join(e.label for e in group)}; {how}")
-            parts[precision] = measure(
-                group, lambda e: self.start(e, shape), together, self.args.rounds, self.deadline, self.console.print
+            parts[precision] = Samples()
+            measure(
+                group,
+                lambda e: self.start(e, shape),
+                together,
+                self.args.rounds,
+                self.deadline,
+                self.console.print,
+                into=parts[precision],
             )
-        return parts
 
     def measure_http(self, shape: str) -> dict[str, Any]:
         model, limit = checkpoints.checkpoint(self.cache, shape), JOB_LIMIT_S
@@ -160,6 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         engines = chosen(args.peers, args.precisions)
     except ValueError as error:
         parser.error(str(error))
+    # Builds and servers run in sessions of their own, so a signal that ends this process must end them, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console(width=None if sys.stdout.isatty() else 150)
     bench = Bench(args, console)
     bench.build(engines)
@@ -177,11 +185,11 @@ def run(bench: Bench, engines: Sequence[Engine]) -> int:
         "bench": "peers_cpu", "threads": args.threads, "rounds": args.rounds, "loads": [load.name for load in LOADS],
         "load_before": os.getloadavg()[0], "not_built": bench.not_built, "read_bandwidth": [], "shapes": {}, "http": {},
     }  # fmt: skip
-    measured = {}
+    measured: dict[str, dict[str, Samples]] = {}
     try:
         for shape in args.shapes:
             result["read_bandwidth"].append(read_bandwidth(args.threads))
-            measured[shape] = bench.measure(engines, shape)
+            bench.measure(engines, shape, measured.setdefault(shape, {}))
             result["read_bandwidth"].append(read_bandwidth(args.threads))
             if not args.no_http:
                 result["http"][shape] = bench.measure_http(shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import write_random_checkpoint
-from peers.environments import Environment, NotBuilt, run
+from peers.environments import Environment, OutOfTime, run
 
 HERE = Path(__file__).parent
 SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b")
@@ -93,7 +93,7 @@ def _convert(out: Path, env: Environment, deadline: float, command: Callable[[Pa
 
     def make(to: Path) -> None:
         if time.monotonic() > deadline:
-            raise NotBuilt(f"no time is left to make {out.name}")
+            raise OutOfTime(f"no time is left to make {out.name}")
         run(command(to), out.parent / f"convert-{out.name}.log", deadline, variables)
 
     return _once(out, make)

@@ -20,6 +20,10 @@ class NotBuilt(Exception):
     """A peer, or a model for it, could not be made; the text is the reason, in a line."""
 
 
+class OutOfTime(NotBuilt):
+    """It was stopped on its way; the next run goes on from there."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What makes an environment: pip requirements, then commands; `{env}` stands for its folder.
@@ -47,6 +51,11 @@ _LLAMA_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=ON", "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF",
 )  # fmt: skip
+
+_VLLM = (
+    "https://files.pythonhosted.org/packages/f7/25/aa5684e9c59d6fc75f78926b7f15e8d9adc7de2d9e6e7575b80776ad8169/"
+    "vllm-0.33.0.tar.gz"
+)
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -85,12 +94,14 @@ RECIPES: Mapping[str, Recipe] = {
             ("onnxruntime-genai", "onnx", "onnx_ir", "transformers", TORCH),
             "import onnxruntime_genai; print(onnxruntime_genai.__version__)",
         ),
-        # The wheels of PyPI are for CUDA; from source the CPU build is asked for.
+        # The wheels of PyPI are for CUDA. By its name pip refuses what the source builds (0.33.0+cpu is not 0.33.0), so
+        # it is named by its address. The build fetches oneDNN from GitHub.
         Recipe(
             "vllm",
-            (TORCH, "setuptools>=77,<81", "setuptools_scm", "wheel", "cmake", "ninja", "packaging", "numpy", "jinja2"),
+            (TORCH, "setuptools>=77,<81", "setuptools_scm", "setuptools_rust", "wheel", "cmake", "ninja", "packaging",
+             "numpy", "jinja2"),
             "import vllm, vllm._C; print(vllm.__version__)",
-            (("{env}/bin/python", "-m", "pip", "install", "--no-build-isolation", "--no-binary", "vllm", "vllm"),),
+            (("{env}/bin/python", "-m", "pip", "install", "--no-build-isolation", "vllm @ " + _VLLM),),
             {"VLLM_TARGET_DEVICE": "cpu", "MAX_JOBS": "2"},
         ),
     )
@@ -111,9 +122,9 @@ class Environment:
 
 
 def build(recipe: Recipe, cache: Path, limit: float, rebuild: bool = False) -> Environment:
-    """The environment of `recipe` in `cache`, made if it is not there; a failure is remembered, too, until `rebuild`.
+    """The environment of `recipe` in `cache`, made if it is not there; a failure is remembered until `rebuild`.
 
-    Raises NotBuilt with the reason: the failing command's last words, or the `limit` in seconds that it ran into.
+    Raises NotBuilt with the failing command's last error, OutOfTime where it took longer than `limit` seconds.
     """
     folder = cache / "env" / recipe.name
     variables = {name: value.format(env=folder) for name, value in recipe.variables.items()}
@@ -138,6 +149,8 @@ def build(recipe: Recipe, cache: Path, limit: float, rebuild: bool = False) -> E
         for command in recipe.commands:
             run([part.format(env=folder) for part in command], log, deadline, variables)
         version = run([python, "-c", recipe.check], log, deadline, variables).strip().splitlines()[-1]
+    except OutOfTime:
+        raise
     except NotBuilt as error:
         _stamp(folder, recipe, reason=str(error))
         raise
@@ -151,7 +164,7 @@ def _stamp(folder: Path, recipe: Recipe, **outcome: str) -> None:
 
 
 def run(command: Sequence[str], log: Path, deadline: float, variables: Mapping[str, str] | None = None) -> str:
-    """Runs a command at low priority into `log`; its output. Raises NotBuilt with its last error, or its time limit."""
+    """Runs a command at low priority into `log`; its output. Raises NotBuilt with its last error, or OutOfTime."""
     log.parent.mkdir(parents=True, exist_ok=True)
     name = " ".join(Path(part).name if part.startswith("/") else part for part in command[:4])
     begin = log.stat().st_size if log.exists() else 0
@@ -173,7 +186,7 @@ def run(command: Sequence[str], log: Path, deadline: float, variables: Mapping[s
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
-                raise NotBuilt(f"`{name}` did not end within its time; the log is {log}") from error
+                raise OutOfTime(f"`{name}` did not end within its time; the log is {log}") from error
             raise
     with log.open("rb") as whole:
         whole.seek(begin)
@@ -184,7 +197,8 @@ def run(command: Sequence[str], log: Path, deadline: float, variables: Mapping[s
 
 
 def last_error(output: str) -> str:
-    """The last line of a log that speaks of an error, else its last line."""
+    """The last exception that a log shows, else its last line that speaks of an error, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception): ", line)]
     told = [line for line in lines if re.search(r"error|fatal|failed", line, re.IGNORECASE)]
-    return (told or lines or ["nothing was printed"])[-1][:300]
+    return (raised or told or lines or ["nothing was printed"])[-1][:300]

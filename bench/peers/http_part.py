@@ -192,7 +192,7 @@ def measure_http(
                     rates[name].append(answer.rate)
                 else:
                     rates[name].append(LOAD.sequences * LOAD.new_tokens / answer["seconds"])
-                told(f"{name}: {rates[name][-1]:.1f} output tokens/s")
+                told(f"round {number + 1}, {LOAD.name}: {name}")
     finally:
         for process in open_now.values():
             process.close()

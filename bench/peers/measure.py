@@ -72,6 +72,7 @@ def measure(
     told: Callable[[str], None],
     loads: Sequence[Load] = LOADS,
     clock: Callable[[], float] = time.monotonic,
+    into: Samples | None = None,
 ) -> Samples:
     """Every engine does every load once a round, in an order that moves on by one each time.
 
@@ -79,10 +80,12 @@ def measure(
         start: gives a loaded worker, or raises WorkerError.
         together: all engines stay loaded; else each is loaded for its turn, which then is a whole round.
         deadline: by `clock`; nothing new is begun after it.
+        into: what is returned; given, it holds what there is when an interrupt ends the run.
 
     An engine that fails is out for the rest of the run, and `failed` says why.
     """
-    samples = Samples({e.label: {load.name: [] for load in loads} for e in engines})
+    samples = Samples() if into is None else into
+    samples.answers = {e.label: {load.name: [] for load in loads} for e in engines}
     running: dict[str, Running] = {}
 
     def job(engine: Engine, load: Load, number: int) -> None:
@@ -95,7 +98,7 @@ def measure(
                     running[engine.label] = start(engine)
                     samples.versions[engine.label] = running[engine.label].versions
                 answer = running[engine.label].run(load.prompts(number), load.new_tokens)
-                told(f"{engine.label} {load.name}: {load.rate(answer):.1f} tokens/s")
+                told(f"round {number + 1}, {load.name}: {engine.label}")
             except WorkerError as error:
                 samples.failed[engine.label] = f"{load.name}: {error}"
                 told(f"{engine.label} is out: {samples.failed[engine.label]}")

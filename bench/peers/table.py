@@ -137,7 +137,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     shapes = result["shapes"]
     loads = result["loads"]
     colors = {"fp32": "#4c72b0", "bf16": "#55a868", "int8": "#c44e52", "int4": "#8172b3"}
-    tallest = max(sum(len(part["ratios"]) for part in parts.values()) for parts in shapes.values())
+    tallest = max(1, *(sum(len(part["ratios"]) for part in parts.values()) for parts in shapes.values()))
     figure, grid = pyplot.subplots(
         len(shapes), len(loads), figsize=(3.2 * len(loads) + 1.5, len(shapes) * (0.32 * tallest + 1.1)),
         sharey="row", squeeze=False,
