@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import load_reference, make_checkpoint, reference_logits
+from checkpoints import PagedSequences, load_reference, make_checkpoint, reference_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from word_texts import add_tokenizer
 
+from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime import cli, quantize_awq, quantize_fp8, quantize_gptq, quantize_int4, quantize_int8
 from millrace.runtime.errors import CheckpointError, ConfigError, MillraceError
+from millrace.runtime.models.declaration import Placement
 from millrace.runtime.quant.calibration import TextSource, windows
 from millrace.runtime.quant.evaluate import perplexity
 from millrace.runtime.quant.job import Report
@@ -142,6 +144,19 @@ def test_transformers_loads_compressed_tensors(
     given.load_state_dict(widened(stored(report.output), method), strict=False)
     want, got = (reference_logits(model, rows[0].tolist()) for model in (given, loaded))
     assert (got - want).norm() / want.norm() < near
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_what_is_written_loads_here(method: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
+    """Packed, and with the weights that were reported on: torch multiplies them without rounding activations."""
+    report = METHODS[method](checkpoint, tmp_path / "out", calibration=text, **SMALL)
+    model = load_model(report.output, placement=Placement(backends=(TorchBackend(),)))
+    assert "packed" in model.spec.weights
+    reference = load_reference(checkpoint)
+    reference.load_state_dict(widened(stored(report.output), method), strict=False)
+    row = held_out(checkpoint, text)[0].tolist()
+    want, got = reference_logits(reference, row), PagedSequences(model, 1, 64).step({0: row})[0]
+    assert (got - want).abs().max() < 2e-4 * want.abs().max()
 
 
 def test_output_is_whole(checkpoint: Path, tmp_path: Path, text: Path) -> None:
