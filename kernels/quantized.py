@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 CODEBOOK_SIZE = 16
+_SLICE = 1 << 22  # elements that are float32 at a time
 
 
 class QuantizedWeight(NamedTuple):
@@ -26,6 +27,9 @@ class QuantizedWeight(NamedTuple):
     @property
     def group_size(self) -> int:
         return self.q.shape[1] // self.scales.shape[1]
+
+    def rows(self, rows: slice | Tensor) -> "QuantizedWeight":
+        return self._replace(q=self.q[rows], scales=self.scales[rows], zeros=self.zeros[rows])
 
     def to(self, device: torch.device) -> "QuantizedWeight":
         tensors = (None if tensor is None else tensor.to(device) for tensor in (self.codebook, self.order))
@@ -50,6 +54,11 @@ class Float8Weight(NamedTuple):
     scales: Tensor  # [out, ceil(in / group_size)] float32
     group_size: int
 
+    def rows(self, rows: slice | Tensor) -> "Float8Weight":
+        # Torch cannot index float8 by a tensor, but bytes it can.
+        codes = self.codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+        return self._replace(codes=codes, scales=self.scales[rows])
+
     def to(self, device: torch.device) -> "Float8Weight":
         return Float8Weight(self.codes.to(device), self.scales.to(device), self.group_size)
 
@@ -59,6 +68,15 @@ class Float8Weight(NamedTuple):
 
 
 AnyWeight = Tensor | QuantizedWeight | Float8Weight
+
+
+def widen_into(out: Tensor, weight: QuantizedWeight | Float8Weight) -> Tensor:
+    """Fills `out` [out, in] of any floating type, some rows at a time: the whole never lies in memory in float32."""
+    step = max(1, _SLICE // out.shape[1])
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        out[rows] = weight.rows(rows).widen()
+    return out
 
 
 def stack_rows(parts: Sequence[AnyWeight]) -> QuantizedWeight | Float8Weight | None:

@@ -94,11 +94,10 @@ class TorchQuantized(_TorchWidened):
         self._count(*self._weight[:3], weight.codebook, weight.order)
 
     def _widened(self, rows: slice | Tensor) -> Tensor:
-        kept = self._weight
-        q = kept.q[rows]
+        part = self._weight.rows(rows)
         if self._is_paired:
-            q = torch.stack((q & 15, q >> 4), dim=2).flatten(1)
-        return kept._replace(q=q, scales=kept.scales[rows], zeros=kept.zeros[rows]).widen().to(self.activation)
+            part = part._replace(q=torch.stack((part.q & 15, part.q >> 4), dim=2).flatten(1))
+        return part.widen().to(self.activation)
 
 
 class TorchFloat8(_TorchWidened):
@@ -110,9 +109,7 @@ class TorchFloat8(_TorchWidened):
         self._count(weight.codes, weight.scales)
 
     def _widened(self, rows: slice | Tensor) -> Tensor:
-        # Torch cannot index float8 by a tensor, but bytes it can.
-        codes = self._weight.codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
-        return self._weight._replace(codes=codes, scales=self._weight.scales[rows]).widen().to(self.activation)
+        return self._weight.rows(rows).widen().to(self.activation)
 
 
 class TorchBackend(Backend):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels import ops
-from millrace.kernels.quantized import AnyWeight, Float8Weight, QuantizedWeight, stack_rows
+from millrace.kernels.quantized import AnyWeight, Float8Weight, QuantizedWeight, stack_rows, widen_into
 from millrace.runtime.quant.rounding import Quantization
 
 
@@ -139,8 +139,11 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=place.device)
         for part, start in zip(self.parts, starts, strict=False):
             stored = source.matrix(part.name)
-            wide = stored if isinstance(stored, Tensor) else stored.widen()
-            weight[start : start + part.out_features].copy_(wide.t() if self.transposed else wide)
+            rows = weight[start : start + part.out_features]
+            if isinstance(stored, Tensor):
+                rows.copy_(stored.t() if self.transposed else stored)
+            else:
+                widen_into(rows, stored)
         return place.pack(weight, bias, is_output=is_output)
 
 
@@ -156,12 +159,9 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
 
     def load(self, source: WeightSource) -> Tensor:
         stored = source.matrix(self.name)
-        if not isinstance(stored, Tensor):
-            stored = stored.widen().to(torch.bfloat16)
-        table = torch.empty(
-            self.rows, self.width, dtype=source.storage_dtype(stored.dtype), device=source.placement.device
-        )
-        return table.copy_(stored)
+        dtype = source.storage_dtype(stored.dtype if isinstance(stored, Tensor) else torch.bfloat16)
+        table = torch.empty(self.rows, self.width, dtype=dtype, device=source.placement.device)
+        return table.copy_(stored) if isinstance(stored, Tensor) else widen_into(table, stored)
 
     def load_tied(self, source: WeightSource) -> ops.PackedLinear:
         """The table as the matrix that gives the logits; its rows are looked up there too."""

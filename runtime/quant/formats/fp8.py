@@ -19,7 +19,6 @@ from millrace.kernels.quantized import Float8Weight
 from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed
 
-_SLICE = 1 << 20  # weights that are wide at a time
 _SCALES = ("weight_scale_inv", "weight_scale")
 _STORED = "F8_E4M3"
 

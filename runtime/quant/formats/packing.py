@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import QuantizedWeight, widen_into
 from millrace.runtime.quant.formats.base import Matrix
 
 _SLICE = 1 << 20  # integers that are taken apart at a time
@@ -96,15 +96,4 @@ def quantized(
     weight = QuantizedWeight(q, halves, zeros.half().contiguous(), 4 if bits <= 4 else 8, codebook, order)
     if bool((halves.float() - scales).abs().max() <= _HALF_STEP * scales.abs().max()):
         return weight._replace(scales=halves.contiguous())
-    return widen_rows(weight._replace(scales=scales, zeros=zeros), wide)
-
-
-def widen_rows(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The matrix in `dtype`; some rows at a time, so that it never lies in memory in float32 as a whole."""
-    out = torch.empty(weight.q.shape, dtype=dtype)
-    step = max(1, _SLICE // out.shape[1])
-    for start in range(0, len(out), step):
-        rows = slice(start, start + step)
-        part = weight._replace(q=weight.q[rows], scales=weight.scales[rows], zeros=weight.zeros[rows])
-        out[rows] = part.widen()
-    return out
+    return widen_into(torch.empty(q.shape, dtype=wide), weight._replace(scales=scales, zeros=zeros))
