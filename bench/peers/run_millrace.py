@@ -20,6 +20,7 @@ def load(path: str, threads: int, dtype: str, quantize: str, default: bool) -> t
         path,
         model__dtype=dtype,
         model__quantize=quantize,
+        model__quantize_group_size=128,  # as the int4 of OpenVINO
         model__max_model_len=2048,
         device__threads=threads,
         **offline,
