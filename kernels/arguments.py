@@ -21,6 +21,14 @@ class Refusal(NamedTuple):
     reason: str
 
 
+class PackedState(NamedTuple):
+    """A packed matrix as what can be written to a file, for the same kernels on the same kind of processor."""
+
+    kind: str  # which class of the backend
+    numbers: dict[str, int]
+    tensors: dict[str, Tensor]
+
+
 class PackedLinear(abc.ABC):
     """A weight matrix in the layout that its backend multiplies fastest, with the bias; made by `ops.pack_linear`.
 
@@ -73,6 +81,10 @@ class PackedLinear(abc.ABC):
     @abc.abstractmethod
     def apply(self, x: Tensor, y: Tensor) -> None:
         """`__call__` after its checks: fills y [num_tokens, out_features]."""
+
+    def state(self) -> PackedState | None:
+        """What `Backend.restore` makes the matrix of again; None where the backend does not offer that."""
+        return None
 
     @abc.abstractmethod
     def row_lookup(self, tokens: Tensor) -> Tensor:
@@ -290,6 +302,9 @@ class Backend:
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_quantized")
+
+    def restore(self, state: PackedState) -> PackedLinear | Refusal:
+        return self._lacks("restore")
 
     def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
         return self._lacks("pack_float8")

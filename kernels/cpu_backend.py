@@ -22,14 +22,15 @@ from millrace.kernels.arguments import (
     PackArgs,
     PackedDecoder,
     PackedLinear,
+    PackedState,
     QuantizedArgs,
     Refusal,
     RopeArgs,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
-from millrace.kernels.cpu_linear import KINDS, CpuLinear
-from millrace.kernels.cpu_quantized import CpuQuantized
+from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_matrix
+from millrace.kernels.cpu_quantized import CpuQuantized, pack_integers
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -83,7 +84,7 @@ class CpuBackend(Backend):
             return _elsewhere(args.weight)
         if args.activation != torch.float32 or args.weight.dtype not in KINDS:
             return Refusal(f"it has no product of {args.activation} by {args.weight.dtype}")
-        return CpuLinear(self._library, args.weight, args.bias)
+        return pack_matrix(self._library, args.weight, args.bias)
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
         if not args.weight.q.is_cpu:
@@ -92,7 +93,14 @@ class CpuBackend(Backend):
             return Refusal(f"it has no product of {args.activation} by integers")
         if args.weight.group_size % 4:
             return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
-        return CpuQuantized(self._library, args.weight, args.bias)
+        return pack_integers(self._library, args.weight, args.bias)
+
+    def restore(self, state: PackedState) -> PackedLinear | Refusal:
+        kinds: dict[str, type[CpuLinear] | type[CpuQuantized]] = {"linear": CpuLinear, "quantized": CpuQuantized}
+        if state.kind not in kinds:
+            return Refusal(f"it packs no matrix as {state.kind}")
+        fault = kinds[state.kind].fault(self._library, state)
+        return Refusal(fault) if fault else kinds[state.kind](self._library, state)
 
     def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
         weight = args.weight
@@ -102,7 +110,7 @@ class CpuBackend(Backend):
             return Refusal(f"it has no product of {args.activation} by float8")
         if weight.scales.shape[1] > 1 and weight.group_size.bit_count() > 1:
             return Refusal(f"groups of {weight.group_size} inputs are not a power of two")
-        return CpuLinear(self._library, weight, args.bias)
+        return pack_matrix(self._library, weight, args.bias)
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
         refusal = self._refuse_head_dim(args.head_dim)

@@ -5,9 +5,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import PackedLinear
+from millrace.kernels.arguments import PackedLinear, PackedState
 from millrace.kernels.cpu_linear import MatrixC, padded_to_panels, pointer
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
 
 
 class CpuQuantized(PackedLinear):
@@ -16,23 +16,39 @@ class CpuQuantized(PackedLinear):
 
     dtype = torch.uint8
 
-    def __init__(self, library: ctypes.CDLL, weight: QuantizedWeight, bias: Tensor | None) -> None:
-        self._library = library
-        self.out_features, self.in_features = weight.q.shape
-        self._bits, self._group = weight.bits, weight.group_size
-        shape = (self.out_features, self.in_features, self._group, self._bits)
-        self._packed = torch.empty(library.mr_quantized_bytes(*shape), dtype=torch.uint8)
-        self._bias = padded_to_panels(library, torch.zeros(self.out_features) if bias is None else bias)
-        self._order = weight.order
-        self._codebook, zeros = None, weight.zeros
-        if weight.codebook is not None:  # the dot products take unsigned bytes
-            self._codebook, zeros = (weight.codebook.short() + 128).to(torch.uint8), zeros + 128
-        library.mr_quantized_pack(
-            weight.q.data_ptr(), weight.scales.data_ptr(), zeros.data_ptr(), self._packed.data_ptr(), *shape,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        kept = (self._packed, self._bias, self._codebook, self._order)
-        self.weight_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
+    def __init__(self, library: ctypes.CDLL, state: PackedState) -> None:
+        """From `pack_integers`, or what `state` gave."""
+        self._library, self._state = library, state
+        self.out_features, self.in_features, self._bits, self._group = (
+            state.numbers[name] for name in ("out_features", "in_features", "bits", "group")
+        )
+        self._packed, self._bias = state.tensors["packed"], state.tensors["bias"]
+        self._codebook, self._order = state.tensors.get("codebook"), state.tensors.get("order")
+        self.weight_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
+
+    @staticmethod
+    def fault(library: ctypes.CDLL, state: PackedState) -> str:
+        """What keeps the kernels from reading such a state without leaving its tensors; empty if nothing."""
+        numbers, tensors = state.numbers, state.tensors
+        try:
+            outputs, inputs, bits, group = (numbers[name] for name in ("out_features", "in_features", "bits", "group"))
+            packed, bias = tensors["packed"], tensors["bias"]
+        except KeyError as error:
+            return f"{error} is missing"
+        if bits not in (4, 8) or group < 4 or group % 4 or inputs < group or inputs % group:
+            return f"there are no {bits} bits in groups of {group} of {inputs}"
+        padded = -(-outputs // library.mr_panel_width()) * library.mr_panel_width()
+        order, codebook = tensors.get("order"), tensors.get("codebook")
+        fits = (
+            packed.numel() == library.mr_quantized_bytes(outputs, inputs, group, bits)
+            and (packed.dtype, bias.dtype, bias.numel()) == (torch.uint8, torch.float32, padded)
+            and (order is None or torch.equal(order.sort().values, torch.arange(inputs)))
+            and (codebook is None or (codebook.dtype, codebook.numel()) == (torch.uint8, CODEBOOK_SIZE))
+        )
+        return "" if fits else f"its tensors do not have the sizes of a matrix of {outputs} x {inputs}"
+
+    def state(self) -> PackedState:
+        return self._state
 
     def matrix_c(self) -> MatrixC:
         """The matrix as decoder.cpp knows it; it must not outlive this object."""
@@ -58,3 +74,23 @@ class CpuQuantized(PackedLinear):
         if bad:
             raise IndexError(f"row_lookup: token {int(tokens[bad - 1])} is outside the table of {self.out_features}")
         return y
+
+
+def pack_integers(library: ctypes.CDLL, weight: QuantizedWeight, bias: Tensor | None) -> CpuQuantized:
+    outputs, inputs = weight.q.shape
+    shape = (outputs, inputs, weight.group_size, weight.bits)
+    tensors = {
+        "packed": torch.empty(library.mr_quantized_bytes(*shape), dtype=torch.uint8),
+        "bias": padded_to_panels(library, torch.zeros(outputs) if bias is None else bias),
+    }
+    zeros = weight.zeros
+    if weight.order is not None:
+        tensors["order"] = weight.order
+    if weight.codebook is not None:  # the dot products take unsigned bytes
+        tensors["codebook"], zeros = (weight.codebook.short() + 128).to(torch.uint8), zeros + 128
+    library.mr_quantized_pack(
+        weight.q.data_ptr(), weight.scales.data_ptr(), zeros.data_ptr(), tensors["packed"].data_ptr(), *shape,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    numbers = {"out_features": outputs, "in_features": inputs, "bits": weight.bits, "group": weight.group_size}
+    return CpuQuantized(library, PackedState("quantized", numbers, tensors))

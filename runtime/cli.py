@@ -19,6 +19,7 @@ from millrace.kernels.cpu_build import BuildError
 from millrace.kernels.cuda_catalog import all_kernels
 from millrace.kernels.cuda_compile import ARCHS, Built, CudaCompiler, build_all
 from millrace.runtime.app import Runtime
+from millrace.runtime.cli_build import add_build
 from millrace.runtime.cli_quant import add_eval, add_quantize
 from millrace.runtime.config import Config, load_config, options
 from millrace.runtime.errors import MillraceError
@@ -32,6 +33,7 @@ _SHORT = {
     "model.dtype": "--dtype",
     "model.max_model_len": "--max-model-len",
     "model.quantize": "--quantize",
+    "model.build": "--build",
     "model.random_weights": "--random-weights",
     "device.threads": "--threads",
     "log.level": "--log-level",
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "build the CPU kernels now instead of at the first start"
     commands.add_parser("prepare", help=text, description=text).set_defaults(command=None, beforehand=_prepare)
     _add_kernels(commands)
+    add_build(commands, _add_options)
     add_quantize(commands)
     add_eval(commands, _add_options)
     return parser

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -15,6 +16,7 @@ from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.gguf_tokenizer import chat_templates, load_tokenizer
 from millrace.runtime.text.tokenizer import Tokenizer
+from millrace.runtime.weights.build import Build, identity, open_build
 from millrace.runtime.weights.gguf import GgufCheckpoint
 from millrace.runtime.weights.gguf_file import is_gguf
 from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
@@ -47,8 +49,29 @@ def _load_text(path: Path, gguf: GgufCheckpoint | None) -> tuple[Tokenizer, Chat
     return tokenizer, ChatTemplate(chat_templates(gguf.metadata), tokenizer.special_tokens)
 
 
-def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = None) -> Loaded:
-    """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError."""
+def build_options(config: Config) -> dict[str, Any]:
+    """The options that packed matrices depend on."""
+    model = config.model
+    return {"dtype": model.dtype, "quantize": model.quantize, "group_size": model.quantize_group_size}
+
+
+def _build(config: Config, path: Path, gpu: Gpu | None) -> Build | None:
+    folder = config.model.build
+    if not folder:
+        return None
+    if gpu is not None or config.model.random_weights:
+        what = "the CPU: leave it empty, and see `millrace kernels build`" if gpu else "a checkpoint: leave it empty"
+        raise ConfigError(f"model.build is {folder}, but it is for {what}", param="model.build")
+    return open_build(Path(folder).expanduser(), identity(path, build_options(config)))
+
+
+def load(
+    config: Config, progress: Progress | None = None, gpu: Gpu | None = None, build: Build | None = None
+) -> Loaded:
+    """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError.
+
+    `build` takes down what is packed; without one, that of `config.model.build` has it ready.
+    """
     if config.kv.dtype == "bfloat16" and gpu is not None:
         message = (
             "kv.dtype is bfloat16, but on a GPU it must be auto, which is the type that it computes in, fp8 or int8"
@@ -74,6 +97,7 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
         dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype), rounded)
     kv = _KV_DTYPES[config.kv.dtype]
     if config.model.random_weights:
+        _build(config, found.path, gpu)  # which refuses one
         # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
         shape = preset(config.model.random_weights)
         model = random_model(
@@ -89,5 +113,6 @@ def load(config: Config, progress: Progress | None = None, gpu: Gpu | None = Non
             max_model_len=length,
             progress=report,
             gguf=gguf,
+            build=build or _build(config, found.path, gpu),
         )
     return Loaded(name, found.path, model, tokenizer, template)

@@ -42,6 +42,7 @@ LAYERS = {
     "runtime.app": 4,
     "runtime": 4,  # the lazy face
     "runtime.cli": 5,
+    "runtime.cli_build": 5,
     "runtime.cli_quant": 5,
     "runtime.__main__": 5,
     "server": 5,

@@ -19,6 +19,7 @@ from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
 from millrace.runtime.quant.formats import read_format
 from millrace.runtime.quant.rounding import Quantization
+from millrace.runtime.weights.build import Build
 from millrace.runtime.weights.checkpoint import Checkpoint, CheckpointFiles, read_config
 from millrace.runtime.weights.gguf import GgufCheckpoint
 from millrace.runtime.weights.gguf_file import is_gguf
@@ -38,6 +39,7 @@ def load_model(
     max_model_len: int | None = None,
     progress: Progress | None = None,
     gguf: GgufCheckpoint | None = None,
+    build: Build | None = None,
 ) -> DecoderModel:
     """Loads a checkpoint in Hugging Face layout or a GGUF file, quantised or not; memory peaks at the weights and one
     layer.
@@ -55,6 +57,7 @@ def load_model(
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
         gguf: the GGUF file at `path`, where it is open already.
+        build: takes down packed matrices, or has them ready.
 
     Raises:
         CheckpointError: unknown architecture or setting; missing, unexpected, misshapen or unreadable weights.
@@ -77,7 +80,7 @@ def load_model(
     checkpoint: CheckpointFiles = gguf or Checkpoint(path)
     matched = match(decl, checkpoint, quantization, path)
     storage = _storage(dtype, placement)
-    source = _CheckpointWeights(checkpoint, matched, storage, place)
+    source = _CheckpointWeights(checkpoint, matched, storage, place, build)
     stored = matched.describe(quantization, storage[torch.bfloat16]) if gguf is None else gguf.describe()
     decl = _described(decl, stored + _rounding(place))
     return decl.build(source, length, progress or _silent)
@@ -138,14 +141,19 @@ class _CheckpointWeights:
         matched: Matched,
         storage: Mapping[torch.dtype, torch.dtype],
         placement: Placement,
+        build: Build | None,
     ) -> None:
         self.placement = placement
+        self._build = build
         self._checkpoint = checkpoint
         self._matched = matched
         self._storage = storage
 
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._matched.names[name])
+
+    def packed(self, name: str, make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
+        return make() if self._build is None else self._build.packed(name, make)
 
     def matrix(self, name: str) -> AnyWeight:
         quantized = self._matched.quantized.get(name)

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from millrace.kernels.ops import PackedLinear
 from millrace.runtime.errors import ConfigError
 from millrace.runtime.models.declaration import Placement, TensorDecl
 from millrace.runtime.models.registry import declare
@@ -169,6 +170,9 @@ class RandomWeights:
         device = self.placement.device
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         return torch.empty(decl.shape, device=device).normal_(0.0, _STD, generator=generator).to(self._stored)
+
+    def packed(self, name: str, make: Callable[[], PackedLinear]) -> PackedLinear:
+        return make()
 
     def matrix(self, name: str) -> Tensor:
         return self.read(f"{name}.weight")
