@@ -2,7 +2,7 @@
 
     python bench/start.py [--checkpoint FOLDER] [--quantize none int8 int4] [--rounds 3]
 
-Without --checkpoint a random one of the Qwen2.5-0.5B shape is made, with the tokenizer of grist. Each start is a process
+Without --checkpoint a random one of the Qwen2.5-0.5B shape is made, with grist's tokenizer. Each start is a process
 of its own, over files that are in the page cache. The table gives seconds until everything is imported, then until the
 runtime serves; and how many times sooner the whole is with a build.
 """
