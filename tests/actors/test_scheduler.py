@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import EOS, VOCAB, LedgerModel, greedy, next_token
+from fakes import EOS, VOCAB, LedgerModel, LedgerSwap, greedy, next_token
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,6 +25,7 @@ from millrace.actors.scheduler import Scheduler
 from millrace.runtime.channel import Receiver, Sender, channel
 from millrace.runtime.config import SchedulerConfig
 from millrace.runtime.device import Stream
+from millrace.runtime.kv.host import HostSlots
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
 from millrace.runtime.lanes import host_lanes
@@ -66,13 +67,14 @@ class ManualWorld:
 
 
 class ManualDevice:
-    """A device that works one item at a time, when it is told to."""
+    """A device that works one item at a time, when it is told to; the swap stream is not held up by the others."""
 
     name = "manual"
 
     def __init__(self, world: ManualWorld) -> None:
         self.world = world
         self.work: deque[Callable[[], None]] = deque()
+        self.swaps: deque[Callable[[], None]] = deque()
         self.launches: list[str] = []
 
     def stream(self, name: str, priority: int) -> Stream:
@@ -80,10 +82,13 @@ class ManualDevice:
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
         self.launches.append(stream.name)
-        self.work.append(work)
+        self.queue(stream).append(work)
 
     def notify(self, stream: Stream, callback: Callable[[], None]) -> None:
-        self.work.append(lambda: self.world.call_soon_threadsafe(callback))
+        self.queue(stream).append(lambda: self.world.call_soon_threadsafe(callback))
+
+    def queue(self, stream: Stream) -> deque[Callable[[], None]]:
+        return self.swaps if stream.name == "swap" else self.work
 
     def check(self) -> None:
         pass
@@ -103,6 +108,8 @@ class House:
         max_prefill_tokens: int = 48,
         overlap: bool = True,
         prefix_cache: bool = True,
+        slots: int = 0,
+        block_seconds: float = 0.0,
     ) -> None:
         world = self.world = ManualWorld()
         self.device = ManualDevice(world)
@@ -125,10 +132,14 @@ class House:
             prefill=ends["prefill"][0],
             decode=ends["decode"][0],
             streamer=ends["streamer"][0],
+            host=HostSlots(slots, block_seconds) if slots else None,
         )
         lanes = host_lanes(self.model, num_blocks, max_num_seqs, 256)
+        self.swap = LedgerSwap(lanes.prefill._kv, slots) if slots else None
         to_sampler = ends["sampler"][0]
-        self.prefill = Prefill(device=self.device, lane=lanes.prefill, inbox=ends["prefill"][1], sampler=to_sampler)
+        self.prefill = Prefill(
+            device=self.device, lane=lanes.prefill, swap=self.swap, inbox=ends["prefill"][1], sampler=to_sampler
+        )
         self.decode = Decode(device=self.device, lane=lanes.decode, inbox=ends["decode"][1], sampler=to_sampler)
         self.sampler = Sampler(
             device=self.device,
@@ -188,7 +199,7 @@ class House:
         moved = False
         self.scheduler.plan()
         for name, handle in (
-            ("prefill", self.prefill.launch),
+            ("prefill", self.prefill.handle),
             ("decode", self.decode.handle),
             ("sampler", self.sampler.handle),
             ("scheduler", self.scheduler.handle),
@@ -237,6 +248,13 @@ class House:
             return True
         return False
 
+    def copy(self) -> bool:
+        """The swap stream does one item."""
+        if self.device.swaps:
+            self.device.swaps.popleft()()
+            return True
+        return False
+
     def call(self) -> bool:
         """One result reaches the loop."""
         if self.world.callbacks:
@@ -247,7 +265,7 @@ class House:
     def drain(self) -> None:
         """Everything that can happen happens; whoever is still open then would wait for ever."""
         for _ in range(100_000):
-            if not any([self.pump(), self.work(), self.call()]):
+            if not any([self.pump(), self.work(), self.copy(), self.call()]):
                 break
         self.scheduler.plan()
         assert not self.open, f"{self.open} hang"
@@ -263,9 +281,16 @@ class Traffic(RuleBasedStateMachine):
         self.house = House(num_blocks=14, max_num_seqs=5)
         self.paused: set[int] = set()
 
-    @initialize(overlap=st.booleans(), prefix_cache=st.booleans())
-    def build(self, overlap: bool, prefix_cache: bool) -> None:
-        self.house = House(num_blocks=14, max_num_seqs=5, overlap=overlap, prefix_cache=prefix_cache)
+    @initialize(
+        overlap=st.booleans(),
+        prefix_cache=st.booleans(),
+        slots=st.sampled_from([0, 3, 40]),
+        failing=st.sets(st.integers(0, 12), max_size=3),
+    )
+    def build(self, overlap: bool, prefix_cache: bool, slots: int, failing: set[int]) -> None:
+        self.house = House(num_blocks=14, max_num_seqs=5, overlap=overlap, prefix_cache=prefix_cache, slots=slots)
+        if self.house.swap is not None:
+            self.house.swap.fail_at = failing
 
     @rule(
         family=st.integers(0, 2),
@@ -332,6 +357,11 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(items):
             self.house.work()
 
+    @rule(items=st.integers(1, 3))
+    def copy(self, items: int) -> None:
+        for _ in range(items):
+            self.house.copy()
+
     @rule()
     def call(self) -> None:
         self.house.call()
@@ -341,6 +371,7 @@ class Traffic(RuleBasedStateMachine):
         for _ in range(rounds):
             self.house.pump()
             self.house.work()
+            self.house.copy()
             self.house.call()
 
     @invariant()
