@@ -114,7 +114,7 @@ class Scheduler:
             pass
         while self._credits[Lane.PREFILL] and self._plan_prefill():
             pass
-        if self._swaps is not None and (swap := self._swaps.next()) is not None:
+        while self._swaps is not None and (swap := self._swaps.next()) is not None:
             self._prefill.send_nowait(swap)
 
     @property

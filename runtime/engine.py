@@ -106,18 +106,18 @@ class Engine:
         metrics = self._metrics = Metrics(registry)
 
         # What a client sends may wait at `capacity`; what comes back along the cycles uses the reserve, and is bounded
-        # by two steps per lane and one swap, or by one message for each open request.
+        # by two steps per lane, or by one message for each open request.
         admission_in: tuple[Sender[AdmissionInbox], Receiver[AdmissionInbox]]
         admission_in = channel("admission", live, world, reserve=live)
         to_admission, admission_inbox = admission_in
         scheduler_in: tuple[Sender[SchedulerInbox], Receiver[SchedulerInbox]]
         scheduler_in = channel("scheduler", live, world, reserve=(2 + MAX_CHOICES) * live + 8)
         to_scheduler, scheduler_inbox = scheduler_in
-        prefill_in: tuple[Sender[PrefillInbox], Receiver[PrefillInbox]] = channel("prefill", 3, world)
+        prefill_in: tuple[Sender[PrefillInbox], Receiver[PrefillInbox]] = channel("prefill", 4, world)
         to_prefill, prefill_inbox = prefill_in
         decode_in: tuple[Sender[DecodeInbox], Receiver[DecodeInbox]] = channel("decode", 4, world)
         to_decode, decode_inbox = decode_in
-        sampler_in: tuple[Sender[SamplerInbox], Receiver[SamplerInbox]] = channel("sampler", 10, world)
+        sampler_in: tuple[Sender[SamplerInbox], Receiver[SamplerInbox]] = channel("sampler", 12, world)
         to_sampler, sampler_inbox = sampler_in
         streamer_in: tuple[Sender[StreamerInbox], Receiver[StreamerInbox]]
         streamer_in = channel("streamer", live, world, reserve=2 * live + 8)

@@ -65,7 +65,7 @@ class Sequence:
         self.ended = False
         self.leaving = False  # row and blocks go as soon as no launched step names them
         self.slots: list[int] = []  # without a row: where the host keeps the blocks of its beginning
-        self.saving = False  # these blocks are being copied there
+        self.saving = 0  # swaps that are to copy these blocks there
         self.arriving = False  # with a row: they are being copied back
 
     def __lt__(self, other: "Sequence") -> bool:

@@ -174,7 +174,7 @@ class Residency:
                     self._publish(self._hasher, step.sequences[index], int(ends[index]) // BLOCK_SIZE)
 
     def swapped(self, swaps: Swaps, *, failed: bool) -> Sequence | None:
-        """The launched swap has reported; returns the sequence that may go on now, from whatever is there."""
+        """The swap launched first has reported; returns the sequence that may go on now, from whatever is there."""
         swap = swaps.complete(failed=failed)
         sequence = swap.sequence
         if swap.out:

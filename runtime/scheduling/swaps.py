@@ -1,8 +1,7 @@
 """Swap: blocks of preempted sequences on their way to the host, and back.
 
 A swap is a step of a lane of its own that computes nothing. All of them run on one stream, in the order of the queue
-here, one launched at a time. So a slot may change hands as soon as a swap that reads it is queued: whoever writes it
-next is queued behind.
+here. So a slot may change hands as soon as a swap that reads it is queued: whoever writes it next is queued behind.
 """
 
 from collections import deque
@@ -14,6 +13,9 @@ from millrace.runtime.messages import SwapPlan
 from millrace.runtime.scheduling.budget import PrefillBudget
 from millrace.runtime.scheduling.records import Sequence
 from millrace.runtime.types import BLOCK_SIZE
+
+PIECE = 32  # blocks that go to the host at a time: those who wait for them get them as they are copied
+DEPTH = 2  # swaps that are launched at once
 
 
 class Swap(NamedTuple):
@@ -39,8 +41,8 @@ class Swaps:
         self._pool = pool
         self._host = host
         self._budget = budget
-        self._queue: deque[Swap] = deque()  # the first is launched, if `_launched`
-        self._launched = False
+        self._queue: deque[Swap] = deque()
+        self._launched = 0  # of them, from the first on
         self._next_step = 0
 
     @property
@@ -54,13 +56,13 @@ class Swaps:
         return {swap.sequence.row for swap in self._queue if not swap.out}
 
     def save(self, sequence: Sequence, confirmed: int) -> int:
-        """Queues a swap to the host if it pays; for a sequence that loses its row.
+        """Queues swaps to the host if they pay; for a sequence that loses its row.
 
         Args:
             confirmed: its positions that are computed.
 
         Returns:
-            How many blocks from the beginning of its table belong to the swap from now on.
+            How many blocks from the beginning of its table belong to the swaps from now on.
         """
         if self._host.block_seconds >= BLOCK_SIZE * self._budget.seconds_per_token:
             return 0
@@ -69,11 +71,13 @@ class Swaps:
         # The last token is always computed anew: its logits are wanted.
         count = min(confirmed, len(sequence.history) - 1) // BLOCK_SIZE
         count = min(count, self._host.num_free)
-        if count > 0:
-            sequence.slots = self._host.take(count)
-            sequence.saving = True
-            self._queue.append(Swap(sequence, True, 0, sequence.table[:count], sequence.slots))
-        return max(count, 0)
+        sequence.slots = self._host.take(count)
+        # The tail first, as `BlockPool.release` has it: what is cached of a prefix is of use from its beginning on.
+        for first in reversed(range(0, count, PIECE)):
+            piece = slice(first, min(first + PIECE, count))
+            sequence.saving += 1
+            self._queue.append(Swap(sequence, True, first, sequence.table[piece], sequence.slots[piece]))
+        return count
 
     def fetch(self, sequence: Sequence, cached: int) -> None:
         """Queues the way back into the table, for a sequence with slots that has got a row; the first `cached` blocks
@@ -92,21 +96,21 @@ class Swaps:
 
     def next(self) -> SwapPlan | None:
         """The swap to launch now, if any."""
-        if self._launched or not self._queue:
+        if self._launched == min(DEPTH, len(self._queue)):
             return None
-        swap = self._queue[0]
-        self._launched = True
+        swap = self._queue[self._launched]
+        self._launched += 1
         self._next_step += 1
         return SwapPlan(self._next_step - 1, swap.out, swap.blocks, swap.slots)
 
     def complete(self, *, failed: bool) -> Swap:
-        """The launched swap has reported. One that failed leaves a sequence to be computed again."""
+        """The swap launched first has reported. One that failed leaves a sequence to be computed again."""
         swap = self._queue.popleft()
-        self._launched = False
+        self._launched -= 1
         sequence = swap.sequence
         if swap.out:
             self._pool.release(swap.blocks)
-            sequence.saving = False
+            sequence.saving -= 1
             if failed:
                 self.drop(sequence)
         else:
@@ -120,4 +124,4 @@ class Swaps:
     def check(self, slots: list[list[int]]) -> None:
         """Raises AssertionError unless slots are accounted for; `slots` are those of the sequences."""
         self._host.check(slots)
-        assert self._launched <= len(self._queue)
+        assert 0 <= self._launched <= min(DEPTH, len(self._queue))

@@ -15,8 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from millrace.actors.admission import Capacity
 from millrace.runtime.messages import Cancel, Flow
+from millrace.runtime.scheduling import swaps
 from millrace.runtime.scheduling.budget import PrefillBudget
 from millrace.runtime.types import choice_of, request_of
+
+PIECE = swaps.PIECE
 
 
 class Traffic(RuleBasedStateMachine):
@@ -32,8 +35,10 @@ class Traffic(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         slots=st.sampled_from([0, 3, 40]),
         failing=st.sets(st.integers(0, 12), max_size=3),
+        piece=st.integers(1, 3),
     )
-    def build(self, overlap: bool, prefix_cache: bool, slots: int, failing: set[int]) -> None:
+    def build(self, overlap: bool, prefix_cache: bool, slots: int, failing: set[int], piece: int) -> None:
+        swaps.PIECE = piece
         self.house = House(num_blocks=14, max_num_seqs=5, overlap=overlap, prefix_cache=prefix_cache, slots=slots)
         if self.house.swap is not None:
             self.house.swap.fail_at = failing
@@ -125,6 +130,7 @@ class Traffic(RuleBasedStateMachine):
         self.house.scheduler.check()
 
     def teardown(self) -> None:
+        swaps.PIECE = PIECE
         for rid in self.paused:
             self.house.scheduler.handle(Flow(rid, False))
         self.house.drain()

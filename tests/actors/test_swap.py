@@ -8,6 +8,7 @@ from house import House, prompts
 
 from millrace.runtime.kv.host import HostSlots
 from millrace.runtime.messages import Cancel, Flow
+from millrace.runtime.scheduling import swaps
 from millrace.runtime.scheduling.records import Sequence
 
 
@@ -112,6 +113,24 @@ def test_blocks_are_not_given_away_before_they_are_copied() -> None:
     assert counts(house) == (saved, saved)
 
 
+def test_blocks_come_free_piece_by_piece_the_tail_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swaps, "PIECE", 2)
+    house = house_with_slots()
+    house.submit(endless(100, 30), 30)
+    sequence = running(house, 110)
+    blocker(house, sequence)
+    table = list(sequence.table)
+    preempt(house, sequence, copies=False)
+    assert len(sequence.slots) == 6
+    for left in (4, 2, 0):
+        while house.pool.num_free < 19 - left:
+            go_on(house, 1)
+        assert [block for block in table if house.pool.refcount(block)] == table[:left]
+    house.scheduler.handle(Flow(sequence.request.admitted.rid, False))
+    house.drain()
+    assert counts(house) == (6, 6)
+
+
 def test_preempted_twice() -> None:
     house = house_with_slots()
     house.submit(endless(40, 90), 90)
@@ -213,10 +232,11 @@ def test_before_a_prompt_was_measured_swapping_pays() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("prefix_cache", [False, True])
-def test_random_orders(seed: int, prefix_cache: bool) -> None:
+def test_random_orders(seed: int, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The streams, the loop and the reports advance in a random order, with preemptions, stalls, cancels and failures
     in between; `House` compares every token."""
     draw = random.Random(seed)
+    monkeypatch.setattr(swaps, "PIECE", 1 + seed % 3)
     house = House(num_blocks=16, max_num_seqs=5, prefix_cache=prefix_cache, slots=draw.choice((4, 60)))
     assert house.swap is not None
     house.swap.fail_at = {draw.randrange(40) for _ in range(4)}

@@ -1,4 +1,4 @@
-"""Swap on a GPU that is none: bytes through the real kernels, tokens under every order of the streams, and the start."""
+"""Swap on a GPU that is none: bytes through the real kernels, tokens under every order of the streams, the start."""
 
 import asyncio
 import random
