@@ -60,12 +60,14 @@ class Scheduler:
         decode: Sender[DecodePlan],
         streamer: Sender[StreamerInbox],
         host: HostSlots | None = None,
+        concurrent: bool = False,
     ) -> None:
-        """`host`: where blocks of preempted sequences may go; None computes them again."""
+        """`host`: where blocks of preempted sequences may go; None computes them again. `concurrent`: the device runs
+        both lanes at once."""
         self._budget = PrefillBudget(config.max_prefill_tokens, config.inter_token_target_ms / 1000)
         self._swaps = None if host is None else Swaps(pool, host, self._budget)
         self.residency = Residency(pool, hasher, config.max_num_seqs, max_model_len, self._swaps)
-        self.stats = SchedulerStats()
+        self.stats = SchedulerStats(concurrent=concurrent)
         self._config = config
         self._world = world
         self._inbox = inbox

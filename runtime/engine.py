@@ -141,6 +141,7 @@ class Engine:
             prefill=to_prefill,
             decode=to_decode,
             streamer=to_streamer,
+            concurrent=device.concurrent,
             host=None if lanes.swap is None else HostSlots(lanes.swap.num_slots, lanes.swap.block_seconds),
         )
         admission = Admission(

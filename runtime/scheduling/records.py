@@ -100,7 +100,10 @@ class Step:
 class SchedulerStats:
     """Counts for metrics and health; written here, read by whoever reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, concurrent: bool = False) -> None:
+        """`concurrent`: the lanes do not wait for each other, as they do on one processor."""
+        self._concurrent = concurrent
+        self._reported = {Lane.PREFILL: 0.0, Lane.DECODE: 0.0}
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # prompt tokens found
@@ -113,8 +116,9 @@ class SchedulerStats:
     def observe(self, lane: Lane, launched_at: float, ready_at: float) -> float:
         """A step has reported; returns its seconds."""
         self.steps[lane] += 1
-        # Steps of both lanes may share one processor: a step begins when it was launched and the one before had ended.
-        seconds = ready_at - max(launched_at, self.last_progress)
-        self.last_progress = ready_at
+        # A step begins when it was launched and the one before had ended: of its lane, or of any.
+        before = self._reported[lane] if self._concurrent else self.last_progress
+        seconds = ready_at - max(launched_at, before)
+        self._reported[lane] = self.last_progress = ready_at
         self.longest_step = max(self.longest_step, seconds)
         return seconds

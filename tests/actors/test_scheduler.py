@@ -17,7 +17,8 @@ from millrace.actors.admission import Capacity
 from millrace.runtime.messages import Cancel, Flow
 from millrace.runtime.scheduling import swaps
 from millrace.runtime.scheduling.budget import PrefillBudget
-from millrace.runtime.types import choice_of, request_of
+from millrace.runtime.scheduling.records import SchedulerStats
+from millrace.runtime.types import Lane, choice_of, request_of
 
 PIECE = swaps.PIECE
 
@@ -220,6 +221,16 @@ def test_prefill_budget_follows_the_rate() -> None:
     budget.observe(512, 100.0)
     assert budget.tokens(decoding=True) >= PrefillBudget.SMALLEST
     assert PrefillBudget(512, 0.0).tokens(decoding=True) == 512
+
+
+def test_how_long_a_step_takes() -> None:
+    """Two decode steps report during a prefill step: on one processor they take of its time, on a GPU they do not."""
+    for concurrent, seconds in ((False, 1.0), (True, 4.0)):
+        stats = SchedulerStats(concurrent=concurrent)
+        for at in (2.0, 4.0):
+            stats.observe(Lane.DECODE, at - 1.0, at)
+        assert stats.observe(Lane.PREFILL, 1.0, 5.0) == seconds
+        assert stats.last_progress == 5.0
 
 
 @pytest.mark.parametrize(("prompt", "new", "n"), [(1, 1, 1), (16, 16, 1), (40, 30, 4), (48, 100, 2), (15, 2, 3)])

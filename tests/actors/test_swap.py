@@ -84,6 +84,20 @@ def test_a_pool_that_is_too_small_swaps_by_itself() -> None:
     assert out == back > 0
 
 
+def test_nobody_else_is_preempted_while_blocks_are_on_their_way() -> None:
+    house = House(num_blocks=14, max_num_seqs=5, prefix_cache=False, slots=40)
+    for seed in range(5):
+        house.submit(endless(20 + seed, 60), 60)
+    for _ in range(2000):
+        if house.scheduler.residency.swaps.outgoing:  # type: ignore[union-attr]
+            break
+        go_on(house, 1)
+    assert house.scheduler.stats.preemptions == 1
+    go_on(house, 60, copies=False)
+    assert house.scheduler.stats.preemptions == 1
+    house.drain()
+
+
 def test_a_prefix_that_is_still_there_is_not_copied_back() -> None:
     house = House(num_blocks=20, max_num_seqs=4, slots=40)
     house.submit(endless(40, 60), 60)
@@ -123,8 +137,9 @@ def test_blocks_come_free_piece_by_piece_the_tail_first(monkeypatch: pytest.Monk
     preempt(house, sequence, copies=False)
     assert len(sequence.slots) == 6
     for left in (4, 2, 0):
-        while house.pool.num_free < 19 - left:
-            go_on(house, 1)
+        for _ in range(20):
+            if house.pool.num_free < 19 - left:
+                go_on(house, 1)
         assert [block for block in table if house.pool.refcount(block)] == table[:left]
     house.scheduler.handle(Flow(sequence.request.admitted.rid, False))
     house.drain()
