@@ -247,6 +247,7 @@ class Scheduler:
     def _start_waiting(self, head: Sequence) -> bool:
         """Starts the head of the queue if there is room; those behind it never overtake it for being smaller."""
         residency = self.residency
+        # What is still on its way to the host cannot be asked back.
         if head.saving or self._stuck == (head, len(self._rows.free), residency.pool.num_free):
             return False
         while not self._start(head):

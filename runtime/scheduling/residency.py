@@ -71,7 +71,7 @@ class Residency:
 
     def enter(self, sequence: Sequence, num_rows: int) -> int | None:
         """Gives a sequence a row and the blocks of all tokens that it has, some of them from the prefix cache, and some
-        to be filled from the host: then it is `arriving` until the swap has reported.
+        to be filled from the host: then it is `arriving` until the swap has reported. One that is `saving` has to wait.
 
         Args:
             num_rows: rows that must be free, for this sequence and those that will fork from it.

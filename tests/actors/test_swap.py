@@ -46,11 +46,9 @@ def preempt(house: House, sequence: Sequence, *, copies: bool = True) -> None:
     raise AssertionError("its row does not come back")
 
 
-def blocker(house: House, sequence: Sequence) -> int:
-    """Stalls the reader, so that the sequence does not come back at once."""
-    rid = sequence.request.admitted.rid
-    house.scheduler.handle(Flow(rid, True))
-    return rid
+def stall(house: House, sequence: Sequence) -> None:
+    """Its reader, so that the sequence does not come back at once."""
+    house.scheduler.handle(Flow(sequence.request.admitted.rid, True))
 
 
 def counts(house: House) -> tuple[int, int]:
@@ -59,8 +57,8 @@ def counts(house: House) -> tuple[int, int]:
     return swaps.num_out, swaps.num_in
 
 
-def house_with_slots(slots: int = 40, **more: float) -> House:
-    return House(num_blocks=20, max_num_seqs=4, prefix_cache=False, slots=slots, **more)  # type: ignore[arg-type]
+def house_with_slots(slots: int = 40, block_seconds: float = 0.0) -> House:
+    return House(num_blocks=20, max_num_seqs=4, prefix_cache=False, slots=slots, block_seconds=block_seconds)
 
 
 def test_what_was_computed_is_copied_and_not_computed_again() -> None:
@@ -88,8 +86,10 @@ def test_nobody_else_is_preempted_while_blocks_are_on_their_way() -> None:
     house = House(num_blocks=14, max_num_seqs=5, prefix_cache=False, slots=40)
     for seed in range(5):
         house.submit(endless(20 + seed, 60), 60)
+    swaps = house.scheduler.residency.swaps
+    assert swaps is not None
     for _ in range(2000):
-        if house.scheduler.residency.swaps.outgoing:  # type: ignore[union-attr]
+        if swaps.outgoing:
             break
         go_on(house, 1)
     assert house.scheduler.stats.preemptions == 1
@@ -112,7 +112,7 @@ def test_blocks_are_not_given_away_before_they_are_copied() -> None:
     house = house_with_slots()
     house.submit(endless(100, 30), 30)
     sequence = running(house, 110)
-    blocker(house, sequence)
+    stall(house, sequence)
     preempt(house, sequence, copies=False)
     assert sequence.saving
     saved = len(sequence.slots)
@@ -132,7 +132,7 @@ def test_blocks_come_free_piece_by_piece_the_tail_first(monkeypatch: pytest.Monk
     house = house_with_slots()
     house.submit(endless(100, 30), 30)
     sequence = running(house, 110)
-    blocker(house, sequence)
+    stall(house, sequence)
     table = list(sequence.table)
     preempt(house, sequence, copies=False)
     assert len(sequence.slots) == 6
@@ -181,7 +181,7 @@ def test_ended_while_it_is_swapped(when: str, how: str) -> None:
     house = house_with_slots()
     rid = house.submit(endless(40, 60), 60, deadline=house.world.now() + 5.0 if how == "deadline" else None)
     sequence = running(house, 70)
-    blocker(house, sequence)
+    stall(house, sequence)
     preempt(house, sequence, copies=False)
     if when != "saving":
         go_on(house, 8)

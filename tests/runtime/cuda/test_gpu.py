@@ -151,9 +151,10 @@ async def test_preempted_sequences_come_back_from_the_host(folder: Path) -> None
 
         async def make(world: AsyncioWorld, model: Any, plan: Any, config: Any, gpu: Gpu = gpu) -> Any:
             started = await start_gpu(world, gpu, config, model)
-            if started.lanes.swap is not None:
-                assert started.lanes.swap.block_seconds > 0
-                started.lanes.swap.block_seconds = 0.0  # type: ignore[misc]  # a model so small is computed sooner
+            swap: Any = started.lanes.swap
+            if swap is not None:
+                assert swap.block_seconds > 0
+                swap.block_seconds = 0.0  # a model so small is computed sooner
             return started.device, started.lanes
 
         names = {key.replace(".", "__"): value for key, value in (CONFIG | options).items()}

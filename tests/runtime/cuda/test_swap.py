@@ -51,7 +51,8 @@ def test_blocks_come_back_as_they_were(
     monkeypatch.setattr(cuda_swap, "SLAB_BYTES", 30_000)
     driver, model = FakeDriver(policy), Storage(dtype)
     before = [part.clone() for part in model.block_storage(None) if part is not None]
-    swap: Any = CudaSwap(driver, CountingLauncher(shim, driver), model, None, 7)  # type: ignore[arg-type]
+    as_model: Any = model
+    swap = CudaSwap(driver, CountingLauncher(shim, driver), as_model, None, 7)
     driver.use(driver.stream(1))
     swap.run(SwapPlan(0, True, [4, 1, 7, 2, 5], [6, 0, 3, 1, 2]))
     swap.run(SwapPlan(1, False, [3, 8, 6], [3, 6, 2]))
