@@ -150,8 +150,10 @@ async def test_cancels_while_sequences_are_swapped(shim: ShimLauncher) -> None:
             handle.cancel()
 
         await asyncio.gather(*[one(i) for i in range(8)])
-        assert made.scheduler.residency.swaps is not None
-        assert made.scheduler.residency.swaps.num_out > 0
+        swaps, registry = made.scheduler.residency.swaps, made._metrics._registry
+        assert swaps is not None
+        assert registry.get_sample_value("millrace_kv_blocks_swapped_out_total") == swaps.num_out > 0
+        assert registry.get_sample_value("millrace_kv_blocks_swapped_in_total") == swaps.num_in
 
 
 async def test_the_start_measures_a_swap(shim: ShimLauncher) -> None:
