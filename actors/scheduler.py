@@ -15,6 +15,7 @@ import numpy as np
 from millrace.runtime.channel import Receiver, Sender
 from millrace.runtime.config import SchedulerConfig
 from millrace.runtime.errors import DeadlineExceededError, ErrorInfo, QueueFullError, RequestCancelledError
+from millrace.runtime.kv.host import HostSlots
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
 from millrace.runtime.messages import (
@@ -23,7 +24,7 @@ from millrace.runtime.messages import (
     Closed,
     DecodePlan,
     Flow,
-    PrefillPlan,
+    PrefillInbox,
     SchedulerInbox,
     Started,
     StreamerInbox,
@@ -34,6 +35,8 @@ from millrace.runtime.scheduling.budget import PrefillBudget
 from millrace.runtime.scheduling.plans import Chunk, Copy, Update, decode_plan, prefill_plan
 from millrace.runtime.scheduling.records import Request, SchedulerStats, Sequence, Step
 from millrace.runtime.scheduling.residency import Residency
+from millrace.runtime.scheduling.swaps import Swaps
+from millrace.runtime.scheduling.waiting import WaitingQueue
 from millrace.runtime.types import BLOCK_SIZE, FinishReason, Lane, RequestId, SequenceId
 from millrace.runtime.world import World
 
@@ -53,12 +56,18 @@ class Scheduler:
         max_model_len: int,
         world: World,
         inbox: Receiver[SchedulerInbox],
-        prefill: Sender[PrefillPlan],
+        prefill: Sender[PrefillInbox],
         decode: Sender[DecodePlan],
         streamer: Sender[StreamerInbox],
+        host: HostSlots | None = None,
+        concurrent: bool = False,
     ) -> None:
-        self.residency = Residency(pool, hasher, config.max_num_seqs, max_model_len)
-        self.stats = SchedulerStats()
+        """`host`: where blocks of preempted sequences may go; None computes them again. `concurrent`: the device runs
+        both lanes at once."""
+        self._budget = PrefillBudget(config.max_prefill_tokens, config.inter_token_target_ms / 1000)
+        self._swaps = None if host is None else Swaps(pool, host, self._budget)
+        self.residency = Residency(pool, hasher, config.max_num_seqs, max_model_len, self._swaps)
+        self.stats = SchedulerStats(concurrent=concurrent)
         self._config = config
         self._world = world
         self._inbox = inbox
@@ -68,9 +77,7 @@ class Scheduler:
 
         self._rows = self.residency.rows
         self._requests: dict[RequestId, Request] = {}
-        self._waiting: list[Sequence] = []  # heap
-        self._num_stale = 0  # of them have ended
-        self._parked: list[Sequence] = []
+        self._queue = WaitingQueue()
         self._prefilling: list[Sequence] = []
         self._ready: list[Sequence] = []
         self._batch = DecodeBatch()
@@ -83,7 +90,6 @@ class Scheduler:
         self._credits = {Lane.PREFILL: depth, Lane.DECODE: depth}
         self._next_step = {Lane.PREFILL: 0, Lane.DECODE: 0}
         self._launched: dict[Lane, deque[Step]] = {Lane.PREFILL: deque(), Lane.DECODE: deque()}
-        self._budget = PrefillBudget(config.max_prefill_tokens, config.inter_token_target_ms / 1000)
         self._handlers: dict[type, Callable[..., None]] = {
             Admitted: self._admit,
             Cancel: self._cancel,
@@ -110,6 +116,8 @@ class Scheduler:
             pass
         while self._credits[Lane.PREFILL] and self._plan_prefill():
             pass
+        while self._swaps is not None and (swap := self._swaps.next()) is not None:
+            self._prefill.send_nowait(swap)
 
     @property
     def num_running(self) -> int:
@@ -119,7 +127,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue, and paused ones that have given up their row."""
-        return len(self._waiting) - self._num_stale + len(self._parked)
+        return len(self._queue)
 
     @property
     def num_launched(self) -> int:
@@ -128,11 +136,11 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises AssertionError unless blocks, rows and places are accounted for. For tests, and when idle."""
-        self.residency.check([step.copied for steps in self._launched.values() for step in steps])
+        copied = [step.copied for step in chain(*self._launched.values())]
+        self.residency.check(copied, [sequence.slots for sequence in self._queue])
         if not self._requests:
             assert not self.residency.holders(), "a row outlives its request"
             assert self.num_waiting == 0
-            assert len(self._waiting) == self._num_stale
 
     def _admit(self, admitted: Admitted) -> None:
         # Those who will start in a free row wait for a step, not for somebody else.
@@ -148,7 +156,7 @@ class Scheduler:
         first.hashes = list(admitted.block_hashes)
         request.sequences.append(first)
         self._requests[admitted.rid] = request
-        heapq.heappush(self._waiting, first)
+        self._queue.push(first)
         if admitted.deadline is not None:
             heapq.heappush(self._deadlines, (admitted.deadline, admitted.rid))
             if len(self._deadlines) > 2 * len(self._requests) + 64:
@@ -176,9 +184,7 @@ class Scheduler:
         request.paused = flow.paused
         self._stuck = None  # somebody may give way, or need not any more
         if not flow.paused:
-            for sequence in [s for s in self._parked if s.request is request]:
-                self._parked.remove(sequence)
-                heapq.heappush(self._waiting, sequence)
+            self._queue.resume(request)
 
     def _expire(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= self._world.now():
@@ -217,14 +223,7 @@ class Scheduler:
 
     def _displace(self, sequence: Sequence) -> None:
         if sequence.row < 0:
-            if sequence in self._parked:
-                self._parked.remove(sequence)
-            else:
-                self._num_stale += 1
-                if 2 * self._num_stale > len(self._waiting) + 64:
-                    self._waiting = [waiting for waiting in self._waiting if not waiting.ended]
-                    heapq.heapify(self._waiting)
-                    self._num_stale = 0
+            self._queue.remove(sequence)
         elif self._batch.get(sequence.row) is sequence:
             self._batch.leave(sequence.row)
         elif sequence in self._prefilling:
@@ -235,36 +234,21 @@ class Scheduler:
     def _retire(self) -> None:
         """Takes back what no launched step names; those who were preempted wait again, in their old place."""
         for sequence in self.residency.retire(chain(*self._launched.values())):
-            if sequence.request.paused:
-                self._parked.append(sequence)
-            else:
-                heapq.heappush(self._waiting, sequence)
+            self._queue.push(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes row and blocks away; what was computed is computed again later, or found in the prefix cache."""
+        """Takes row and blocks away; what was computed is computed again later, or found in the prefix cache, or comes
+        back from the host."""
         self.stats.preemptions += 1
         self._displace(sequence)
         self.residency.leave(sequence)
         self._retire()
 
-    def _head(self) -> Sequence | None:
-        """The first in the queue who wants to run. Those who have ended while they waited, and those whose readers have
-        stalled, are taken out when they come up."""
-        while self._waiting:
-            first = self._waiting[0]
-            if first.ended:
-                self._num_stale -= 1
-            elif first.request.paused:
-                self._parked.append(first)
-            else:
-                return first
-            heapq.heappop(self._waiting)
-        return None
-
     def _start_waiting(self, head: Sequence) -> bool:
         """Starts the head of the queue if there is room; those behind it never overtake it for being smaller."""
         residency = self.residency
-        if self._stuck == (head, len(self._rows.free), residency.pool.num_free):
+        # What is still on its way to the host cannot be asked back.
+        if head.saving or self._stuck == (head, len(self._rows.free), residency.pool.num_free):
             return False
         while not self._start(head):
             # Those whose readers have stalled give way to those who can run.
@@ -273,7 +257,7 @@ class Scheduler:
                 self._stuck = (head, len(self._rows.free), residency.pool.num_free)
                 return False
             self._preempt(holders[-1])
-        heapq.heappop(self._waiting)
+        self._queue.pop()
         return True
 
     def _start(self, sequence: Sequence) -> bool:
@@ -292,7 +276,8 @@ class Scheduler:
                 other = Sequence(request, choice, sequence.history)
                 request.sequences.append(other)
                 self.residency.take_row(other)
-        self._prefilling.append(sequence)
+        if not sequence.arriving:
+            self._prefilling.append(sequence)
         return True
 
     def _plan_prefill(self) -> bool:
@@ -304,10 +289,10 @@ class Scheduler:
         line = sorted(s for s in self._prefilling if not s.request.paused)
         may_start = True
         while budget > 0:
-            head = self._head()
+            head = self._queue.head()
             if may_start and head is not None and (not line or head < line[0]):
                 may_start = self._start_waiting(head)
-                if may_start:
+                if may_start and not head.arriving:
                     line.insert(0, head)
                 continue
             if not line:
@@ -450,15 +435,14 @@ class Scheduler:
     def _apply(self, sampled: TokensSampled) -> None:
         """Takes in what a step brought: tokens, ends, a credit, and blocks that may now be shared."""
         lane = sampled.lane
+        if lane is Lane.SWAP:
+            self._arrive(failed=sampled.error is not None)
+            return
         step = self._launched[lane].popleft()
         self._credits[lane] += 1
         rows = self._rows
         self.residency.pool.release(step.copied)
-        self.stats.steps[lane] += 1
-        # Steps of both lanes may share one processor: a step begins when it was launched and the one before had ended.
-        seconds = sampled.ready_at - max(sampled.launched_at, self.stats.last_progress)
-        self.stats.last_progress = sampled.ready_at
-        self.stats.longest_step = max(self.stats.longest_step, seconds)
+        seconds = self.stats.observe(lane, sampled.launched_at, sampled.ready_at)
         if sampled.error is not None:
             self._fail(step, sampled.error)
             return
@@ -488,6 +472,12 @@ class Scheduler:
             sequence = rows.owner[int(sampled_rows[finished.index])]
             if sequence is not None:
                 self._end(sequence)
+
+    def _arrive(self, *, failed: bool) -> None:
+        assert self._swaps is not None
+        sequence = self.residency.swapped(self._swaps, failed=failed)
+        if sequence is not None:
+            self._prefilling.append(sequence)
 
     def _fail(self, step: Step, error: ErrorInfo, seq: SequenceId | None = None) -> None:
         """A failed step ends the requests that were in it, or that of one sequence, and no others."""

@@ -76,6 +76,13 @@ class KVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="of keys and values: auto (the model's), bfloat16 (CPU), fp8 or int8; 8 bits have scales"),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="reuse the blocks of prompts with the same beginning")] = True
+    swap_memory_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="GPU only: pinned host MiB for preempted sequences, where copying beats computing; 0 is off",
+        ),
+    ] = 0
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -75,6 +75,7 @@ class StepOutput:
 
 class Device(Protocol):
     name: str
+    concurrent: bool  # streams do not wait for each other
 
     def stream(self, name: str, priority: int) -> Stream: ...
 
@@ -95,6 +96,7 @@ class CpuDevice:
     """One lane thread for all streams, with `threads` OpenMP threads under it."""
 
     name = "cpu"
+    concurrent = False
 
     def __init__(self, world: World, threads: int) -> None:
         self._world = world
@@ -133,6 +135,7 @@ class NullDevice:
     """Runs work at the launch, on the loop, and keeps a log of launches (`[(stream name, work name)]`)."""
 
     name = "null"
+    concurrent = False
 
     def __init__(self, world: World) -> None:
         self._world = world

@@ -17,6 +17,7 @@ from millrace.runtime.config import Config
 from millrace.runtime.device import Device
 from millrace.runtime.errors import InvalidRequestError, MillraceError, QueueFullError, RuntimeClosedError
 from millrace.runtime.handle import RequestHandle
+from millrace.runtime.kv.host import HostSlots
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
 from millrace.runtime.lanes import Lanes, host_lanes
@@ -26,7 +27,7 @@ from millrace.runtime.messages import (
     AdmissionInbox,
     Cancel,
     DecodeInbox,
-    PrefillPlan,
+    PrefillInbox,
     SamplerInbox,
     SchedulerInbox,
     StreamerInbox,
@@ -112,11 +113,11 @@ class Engine:
         scheduler_in: tuple[Sender[SchedulerInbox], Receiver[SchedulerInbox]]
         scheduler_in = channel("scheduler", live, world, reserve=(2 + MAX_CHOICES) * live + 8)
         to_scheduler, scheduler_inbox = scheduler_in
-        prefill_in: tuple[Sender[PrefillPlan], Receiver[PrefillPlan]] = channel("prefill", 2, world)
+        prefill_in: tuple[Sender[PrefillInbox], Receiver[PrefillInbox]] = channel("prefill", 4, world)
         to_prefill, prefill_inbox = prefill_in
         decode_in: tuple[Sender[DecodeInbox], Receiver[DecodeInbox]] = channel("decode", 4, world)
         to_decode, decode_inbox = decode_in
-        sampler_in: tuple[Sender[SamplerInbox], Receiver[SamplerInbox]] = channel("sampler", 8, world)
+        sampler_in: tuple[Sender[SamplerInbox], Receiver[SamplerInbox]] = channel("sampler", 12, world)
         to_sampler, sampler_inbox = sampler_in
         streamer_in: tuple[Sender[StreamerInbox], Receiver[StreamerInbox]]
         streamer_in = channel("streamer", live, world, reserve=2 * live + 8)
@@ -140,6 +141,8 @@ class Engine:
             prefill=to_prefill,
             decode=to_decode,
             streamer=to_streamer,
+            concurrent=device.concurrent,
+            host=None if lanes.swap is None else HostSlots(lanes.swap.num_slots, lanes.swap.block_seconds),
         )
         admission = Admission(
             world=world,
@@ -155,6 +158,7 @@ class Engine:
         prefill = Prefill(
             device=device,
             lane=lanes.prefill,
+            swap=lanes.swap,
             inbox=prefill_inbox,
             sampler=to_sampler,
         )
@@ -327,6 +331,10 @@ class Engine:
             ("prefix_cache_hits_tokens", "Prompt tokens found", lambda: stats.prefix_hits),
         ):
             metrics.counter(name, documentation, count)
+        swaps = scheduler.residency.swaps
+        if swaps is not None:
+            metrics.counter("kv_blocks_swapped_out", "KV blocks copied to the host", lambda: swaps.num_out)
+            metrics.counter("kv_blocks_swapped_in", "KV blocks copied back", lambda: swaps.num_in)
 
 
 def _seconds(deadline: float) -> float:

@@ -20,11 +20,12 @@ from millrace.runtime.cuda.driver import CudaDriver, TorchDriver
 from millrace.runtime.cuda.lanes import cuda_lanes
 from millrace.runtime.cuda.prefill import CudaPrefill
 from millrace.runtime.cuda.start import on_lane
+from millrace.runtime.cuda.swap import CudaSwap
 from millrace.runtime.errors import ConfigError
 from millrace.runtime.lanes import Lanes
 from millrace.runtime.models.base import Model
 from millrace.runtime.models.declaration import Placement
-from millrace.runtime.plan import GpuMemory, MemoryPlan, plan_gpu
+from millrace.runtime.plan import GpuMemory, MemoryPlan, plan_gpu, swap_slots
 from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.types import BLOCK_SIZE
 from millrace.runtime.world import World
@@ -136,13 +137,16 @@ async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progre
             await on_lane(world, device, "prefill", 1, prepare)
         memory = await _measure(world, device, gpu, config, model)
         plan = plan_gpu(config, model, memory)
-        lanes = await world.to_thread(partial(_lanes, gpu, config, model, plan.num_blocks, plan.max_model_len))
+        make = partial(_lanes, gpu, config, model, plan.num_blocks, plan.max_model_len, plan.swap_slots)
+        lanes = await world.to_thread(make)
         decode, prefill = _ours(lanes)
         count, rows = min(config.scheduler.max_prefill_tokens, plan.max_model_len), config.scheduler.max_num_seqs
         await on_lane(world, device, "prefill", 1, lambda: prefill.rehearse(count, count, rows))
         await on_lane(
             world, device, "decode", 0, lambda: decode.warm_up(lambda done, total: tell("CUDA graphs", done, total))
         )
+        if isinstance(lanes.swap, CudaSwap):
+            await _measure_swap(world, device, lanes.swap)
     except torch.OutOfMemoryError as error:
         device.close()
         shortage = str(error).partition("\n")[0]
@@ -172,7 +176,9 @@ async def _measure(world: World, device: CudaDevice, gpu: Gpu, config: Config, m
     driver.release_cached()
     before = driver.memory()
     try:
-        lanes = await world.to_thread(partial(_lanes, gpu, config, model, blocks, length))
+        # One slot: what a swap takes of the device is its staging buffer.
+        slots = min(1, swap_slots(config, model))
+        lanes = await world.to_thread(partial(_lanes, gpu, config, model, blocks, length, slots))
         decode, prefill = _ours(lanes)
         rehearse, capture = partial(prefill.rehearse, tokens, length, rows), partial(decode.graphs.capture, most=2)
         await on_lane(world, device, "prefill", 1, rehearse)
@@ -204,7 +210,15 @@ async def _measure(world: World, device: CudaDevice, gpu: Gpu, config: Config, m
     )
 
 
-def _lanes(gpu: Gpu, config: Config, model: Model, num_blocks: int, max_model_len: int) -> Lanes:
+async def _measure_swap(world: World, device: CudaDevice, swap: CudaSwap) -> None:
+    """Times some blocks on their way to the host and back; the first round loads what later ones have."""
+    for _ in range(2):
+        before = world.now()
+        count = await on_lane(world, device, "swap", 1, swap.rehearse)
+        swap.block_seconds = (world.now() - before) / count
+
+
+def _lanes(gpu: Gpu, config: Config, model: Model, num_blocks: int, max_model_len: int, slots: int) -> Lanes:
     spec = model.spec
     lacking = attention_lacks(spec.head_dim, spec.num_heads // spec.num_kv_heads)
     lanes = cuda_lanes(
@@ -217,6 +231,7 @@ def _lanes(gpu: Gpu, config: Config, model: Model, num_blocks: int, max_model_le
         max_logprobs=config.limits.max_logprobs,
         # Torch's attention reads lengths back from the device, which no graph can.
         use_graphs=config.device.cuda_graphs and not lacking,
+        swap_slots=slots,
     )
     gpu.driver.settle()  # weights and lanes were filled on another stream than those that will read them
     return lanes

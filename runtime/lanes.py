@@ -16,7 +16,7 @@ from torch import Tensor
 
 from millrace.runtime.device import StepOutput
 from millrace.runtime.kv.tables import BlockTables
-from millrace.runtime.messages import DecodePlan, LogitsReady, PrefillPlan, PromptLogprobs, SampleJoin
+from millrace.runtime.messages import DecodePlan, LogitsReady, PrefillPlan, PromptLogprobs, SampleJoin, SwapPlan
 from millrace.runtime.models.base import ForwardBatch, Model
 from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.logprobs import prompt_logprobs
@@ -49,12 +49,24 @@ class SamplingLane(Protocol):
         what was drawn stands in `ready.output.sampled` once the output is finished."""
 
 
+class SwapLane(Protocol):
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def block_seconds(self) -> float:
+        """What it takes to copy one block to the host and back."""
+
+    def run(self, plan: SwapPlan) -> None:
+        """Copies blocks of all layers to slots of host memory, or back."""
+
+
 class Lanes(NamedTuple):
-    """The three lanes of one engine; they share KV storage and the last token of every row."""
+    """The lanes of one engine; they share KV storage and the last token of every row."""
 
     prefill: PrefillLane
     decode: DecodeLane
     sampling: SamplingLane
+    swap: SwapLane | None = None  # None: what a preempted sequence had is computed again
 
 
 def host_lanes(model: Model, num_blocks: int, max_rows: int, max_model_len: int) -> Lanes:

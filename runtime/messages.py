@@ -8,8 +8,8 @@ struct says that a message, once sent, belongs to nobody. Who writes which messa
     Admitted       admission -> scheduler        Closed         admission, scheduler -> streamer
     Flow           streamer -> scheduler         Started        scheduler -> streamer
     PrefillPlan    scheduler -> prefill          LogitsReady    prefill, decode -> sampler
+    SwapPlan       scheduler -> prefill          StepDone       device -> sampler
     DecodePlan     scheduler -> decode
-    StepDone       device -> sampler
     RowsReady      sampler -> decode             TokensSampled  sampler -> scheduler and streamer (the same object)
 
 `Admitted`, `Cancel`, `Closed`, `Flow`, `Started` and `TokensSampled` may cross a process border and serialise with
@@ -145,6 +145,15 @@ class PrefillPlan(msgspec.Struct, frozen=True):
     join_of: Column  # [num_joins] int32, index into `seqs` of the sequence whose last token each join reads
 
 
+class SwapPlan(msgspec.Struct, frozen=True):
+    """Copies whole KV blocks to slots of host memory, or back."""
+
+    step: int
+    out: bool  # to the host
+    blocks: list[int]
+    slots: list[int]  # one for each block
+
+
 class DecodePlan(msgspec.Struct, frozen=True):
     """The next token of every sequence in the decode batch, told as differences to the step before."""
 
@@ -158,7 +167,7 @@ class DecodePlan(msgspec.Struct, frozen=True):
 
 
 class LogitsReady(msgspec.Struct, frozen=True):
-    """A forward pass is launched; its logits will lie in `output` in stream order."""
+    """A forward pass is launched; its logits will lie in `output` in stream order. A swap has none, and no rows."""
 
     lane: Lane
     step: int
@@ -237,6 +246,7 @@ class TokensSampled(msgspec.Struct, frozen=True, tag="sampled"):
 
 AdmissionInbox = Submit | Cancel
 SchedulerInbox = Admitted | Cancel | Flow | TokensSampled
+PrefillInbox = PrefillPlan | SwapPlan
 DecodeInbox = DecodePlan | RowsReady
 SamplerInbox = LogitsReady | StepDone
 StreamerInbox = Opened | Started | Closed | TokensSampled

@@ -44,6 +44,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     activations: int = 0  # on a GPU, and the next as well
     graphs: int = 0
+    swap_slots: int = 0  # blocks that the host has room for
     device: str = ""  # a GPU's name
 
     @property
@@ -53,6 +54,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def table(self) -> str:
         """The plan as aligned lines, for people."""
         full = self.num_tokens / self.max_model_len
+        swap = self.swap_slots * self.kv_per_token * BLOCK_SIZE
         rows = [
             ("memory", _size(self.total), f"of {self.device or 'this machine, or of its cgroup'}"),
             ("weights", _size(self.weights), "resident"),
@@ -64,6 +66,11 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
                 f"at most; {_size(self.kv_per_token)} per token" + ("" if self.device else ", committed as it fills"),
             ),
             ("tokens", f"{self.num_tokens:,}", f"fit into the cache, {self.num_blocks - 1:,} blocks of {BLOCK_SIZE}"),
+            *(
+                [("swap", f"{self.swap_slots:,}", f"blocks of preempted sequences fit into {_size(swap)} of the host")]
+                if swap
+                else []
+            ),
             ("context", f"{self.max_model_len:,}", f"tokens per sequence; {full:.1f} full ones fit at once"),
             ("sequences", f"{self.max_num_seqs:,}", "run at once (scheduler.max_num_seqs)"),
         ]
@@ -72,6 +79,12 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_memory(config: Config, model: Model, max_model_len: int) -> MemoryPlan:
     """Decides the number of KV blocks. Raises ConfigError with the numbers when not even one sequence has room."""
+    if config.kv.swap_memory_mb:
+        raise ConfigError(
+            f"kv.swap_memory_mb is {config.kv.swap_memory_mb}, but the model runs on the CPU, whose KV cache lies in"
+            " host memory already; set it to 0, and kv.memory_mb to more",
+            param="kv.swap_memory_mb",
+        )
     total = total_memory()
     block = model.kv_bytes_per_token * BLOCK_SIZE
     useful = config.scheduler.max_num_seqs * -(-max_model_len // BLOCK_SIZE) + 1
@@ -130,8 +143,22 @@ def plan_gpu(config: Config, model: Model, memory: GpuMemory) -> MemoryPlan:
         max_num_seqs=config.scheduler.max_num_seqs,
         activations=memory.activations,
         graphs=memory.graphs,
+        swap_slots=swap_slots(config, model),
         device=memory.name,
     )
+
+
+def swap_slots(config: Config, model: Model) -> int:
+    """Blocks that fit into `kv.swap_memory_mb` of pinned memory. Raises ConfigError where it holds none, or is more
+    than the machine has."""
+    block, given, total = model.kv_bytes_per_token * BLOCK_SIZE, config.kv.swap_memory_mb * MIB, total_memory()
+    if given and not block <= given <= total:
+        raise ConfigError(
+            f"kv.swap_memory_mb is {config.kv.swap_memory_mb}; a block takes {_size(block)}, and the machine has"
+            f" {_size(total)}: choose something between, or 0 to swap nothing",
+            param="kv.swap_memory_mb",
+        )
+    return given // block
 
 
 def _refusal(config: Config, model: Model, memory: GpuMemory, room: int, wanted: int, tokens: int) -> str:

@@ -35,6 +35,7 @@ class Lane(enum.StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    SWAP = "swap"  # copies KV blocks to the host and back, and samples nothing
 
 
 class Priority(enum.IntEnum):

@@ -259,6 +259,11 @@ class PaddedLedger(LedgerModel):
             logits[:count] = super().forward(part, kv)
         return logits
 
+    def block_storage(self, kv: Any) -> tuple[Tensor, None]:
+        """Two planes of one layer, the halves of each block: [1, 2, num_blocks, BLOCK_SIZE] int64."""
+        size = BLOCK_SIZE
+        return torch.from_numpy(kv).as_strided((1, 2, len(kv) // size, size), (2 * size, size, 2 * size, 1)), None
+
 
 class CountingLauncher:
     """Passes launches on to another launcher and counts them; all must come from within enqueued work."""
@@ -277,8 +282,8 @@ class CountingLauncher:
         self._launcher.launch(*args, stream=stream, **more)
 
 
-def gpu(driver: FakeDriver, launcher: Any, *, use_graphs: bool = True) -> Callable[..., Any]:
-    """For `fakes.engine(gpu=...)`: a CudaDevice on the fake driver, with its graphs captured."""
+def gpu(driver: FakeDriver, launcher: Any, *, use_graphs: bool = True, swap_slots: int = 0) -> Callable[..., Any]:
+    """For `fakes.engine(gpu=...)`: a CudaDevice on the fake driver, with its graphs captured; a swap costs nothing."""
 
     async def make(world: AsyncioWorld, model: Any, plan: MemoryPlan, config: Config) -> tuple[CudaDevice, Lanes]:
         device = CudaDevice(world, driver)
@@ -291,6 +296,7 @@ def gpu(driver: FakeDriver, launcher: Any, *, use_graphs: bool = True) -> Callab
             max_model_len=plan.max_model_len,
             max_logprobs=config.limits.max_logprobs,
             use_graphs=use_graphs,
+            swap_slots=swap_slots,
         )
         await warm_up(world, device, lanes)
         return device, lanes

@@ -17,6 +17,7 @@ from millrace.runtime.device import CpuDevice, Device, NullDevice
 from millrace.runtime.engine import Engine
 from millrace.runtime.lanes import Lanes
 from millrace.runtime.log import make_logger
+from millrace.runtime.messages import SwapPlan
 from millrace.runtime.models.base import ForwardBatch, ModelSpec
 from millrace.runtime.plan import MemoryPlan
 from millrace.runtime.text.chat import ChatTemplate
@@ -105,6 +106,26 @@ class LedgerModel:
     def copy_blocks(self, kv: Any, source: Tensor, target: Tensor) -> None:
         blocks = kv.reshape(-1, BLOCK_SIZE, 2)
         blocks[target.numpy()] = blocks[source.numpy()]
+
+
+class LedgerSwap:
+    """A swap lane for the ledger model's storage on the CPU; the swaps of the numbers in `fail_at` fail."""
+
+    def __init__(self, kv: Any, num_slots: int, block_seconds: float = 0.0) -> None:
+        self.num_slots = num_slots
+        self.block_seconds = block_seconds
+        self.fail_at: set[int] = set()
+        self._blocks = kv.reshape(-1, BLOCK_SIZE, 2)
+        self._slots = np.full((num_slots, BLOCK_SIZE, 2), -7, dtype=np.int64)
+
+    def run(self, plan: SwapPlan) -> None:
+        if plan.step in self.fail_at:
+            raise RuntimeError("planted")
+        assert len(plan.blocks) == len(plan.slots) > 0
+        if plan.out:
+            self._slots[plan.slots] = self._blocks[plan.blocks]
+        else:
+            self._blocks[plan.blocks] = self._slots[plan.slots]
 
 
 def word_tokenizer(vocab_size: int = VOCAB) -> Tokenizer:

@@ -27,6 +27,7 @@ class CudaDevice:
     """Implements millrace.runtime.device.Device."""
 
     name = "cuda"
+    concurrent = True
 
     def __init__(self, world: World, driver: CudaDriver) -> None:
         self._world = world

@@ -8,6 +8,7 @@ from millrace.runtime.cuda.prefill import CudaPrefill
 from millrace.runtime.cuda.rows import DeviceRows
 from millrace.runtime.cuda.sampling import CudaSampling
 from millrace.runtime.cuda.staging import PinnedRing
+from millrace.runtime.cuda.swap import CudaSwap
 from millrace.runtime.kv.tables import BlockTables
 from millrace.runtime.lanes import Lanes
 from millrace.runtime.models.base import Model
@@ -24,8 +25,11 @@ def cuda_lanes(
     max_model_len: int,
     max_logprobs: int,
     use_graphs: bool = True,
+    swap_slots: int = 0,
 ) -> Lanes:
-    """Allocates KV storage and all that has to stand at fixed addresses; `CudaDecode.warm_up` captures the graphs."""
+    """Allocates KV storage and all that has to stand at fixed addresses; `CudaDecode.warm_up` captures the graphs.
+
+    `swap_slots`: blocks that the host has room for; 0 makes no swap lane."""
     spec, device = model.spec, driver.device
     max_blocks = -(-max_model_len // BLOCK_SIZE)
     ring = PinnedRing(driver)
@@ -37,4 +41,5 @@ def cuda_lanes(
         CudaPrefill(driver, ring, model, kv, BlockTables(max_rows, max_blocks)),
         CudaDecode(driver, ring, model, kv, rows, max_blocks, use_graphs=use_graphs),
         CudaSampling(driver, ring, launcher, tables, rows, spec.eos_token_ids, max_logprobs),
+        CudaSwap(driver, launcher, model, kv, swap_slots) if swap_slots else None,
     )

@@ -19,6 +19,7 @@ from millrace.runtime.messages import LogitsReady, LogprobColumns, SampleJoin
 from millrace.runtime.sampling.batch import Sampled
 from millrace.runtime.types import Lane, SamplingParams, choice_of
 
+_LANES = (Lane.PREFILL, Lane.DECODE)
 _PLAIN = RowSettings(seed=0, temperature=0.0)  # cannot fail: for a row whose own parameters did
 
 
@@ -48,8 +49,8 @@ class CudaSampling:
         self._rows = rows
         self._eos = eos_token_ids
         top = max(max_logprobs, 1)
-        self._buffers = {lane: SampleBuffers.allocate(rows.max_rows, tables, top) for lane in Lane}
-        self._known = {lane: _KnownRows() for lane in Lane}
+        self._buffers = {lane: SampleBuffers.allocate(rows.max_rows, tables, top) for lane in _LANES}
+        self._known = {lane: _KnownRows() for lane in _LANES}
         # On the host: which rows want log probabilities, [max_rows], and who has joined.
         self._num_logprobs = np.full(rows.max_rows, -1, dtype=np.int32)
         self._joined: set[int] = set()

@@ -83,3 +83,7 @@ class Model(Protocol):
 
     def copy_blocks(self, kv: Any, source: Tensor, target: Tensor) -> None:
         """Copies whole blocks in every layer (copy-on-write); source and target are [num_copies] int64."""
+
+    def block_storage(self, kv: Any) -> tuple[Tensor, Tensor | None]:
+        """Where whole blocks lie, for those who copy them elsewhere: [num_layers, 2, num_blocks, ...], and the scales
+        of a quantised cache in the same form."""

@@ -131,6 +131,10 @@ class DecoderModel:
         """Copies whole blocks in every layer; source and target are [num_copies] int64."""
         ops.copy_blocks(kv.storage, source, target, kv_scales=kv.scales, backends=self._backends)
 
+    def block_storage(self, kv: PagedKV) -> tuple[Tensor, Tensor | None]:
+        """Keys and values of all layers, and their scales: what moves with a block."""
+        return kv.storage, kv.scales
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: PagedKV) -> Tensor:
         """Writes keys and values of all tokens; returns logits [num_logits, vocab_size]."""

@@ -1,5 +1,7 @@
 """The prefill budget: how long a prefill step may keep decoding streams waiting."""
 
+import math
+
 
 class PrefillBudget:
     """How many prompt tokens one prefill step may hold.
@@ -14,6 +16,11 @@ class PrefillBudget:
         self._most = most
         self._target = target_seconds
         self._rate = 0.0  # tokens per second, smoothed
+
+    @property
+    def seconds_per_token(self) -> float:
+        """What a prompt token costs; infinite until a step was measured."""
+        return 1 / self._rate if self._rate else math.inf
 
     def observe(self, tokens: int, seconds: float) -> None:
         if tokens >= self.SMALLEST and seconds > 0:

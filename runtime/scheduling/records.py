@@ -32,11 +32,12 @@ class Request:
 
 
 class Sequence:
-    """One choice of a request. It is in exactly one place: the waiting heap, `prefilling`, `ready`, the decode batch,
-    `parked` (paused, without a row), `draining` (its target is planned; the last tokens are on their way), or ended."""
+    """One choice of a request. It is in exactly one place: the queue, `prefilling`, `ready`, the decode batch,
+    `draining` (its target is planned; the last tokens are on their way), `arriving` (its blocks are), or ended."""
 
     __slots__ = (
         "announced",
+        "arriving",
         "choice",
         "ended",
         "hashes",
@@ -45,7 +46,9 @@ class Sequence:
         "published",
         "request",
         "row",
+        "saving",
         "seq",
+        "slots",
         "table",
     )
 
@@ -61,6 +64,9 @@ class Sequence:
         self.announced = False  # the prefill lane has the table
         self.ended = False
         self.leaving = False  # row and blocks go as soon as no launched step names them
+        self.slots: list[int] = []  # without a row: where the host keeps the blocks of its beginning
+        self.saving = 0  # swaps that are to copy these blocks there
+        self.arriving = False  # with a row: they are being copied back
 
     def __lt__(self, other: "Sequence") -> bool:
         return (self.request.key, self.seq) < (other.request.key, other.seq)
@@ -94,7 +100,10 @@ class Step:
 class SchedulerStats:
     """Counts for metrics and health; written here, read by whoever reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, concurrent: bool = False) -> None:
+        """`concurrent`: the lanes do not wait for each other, as they do on one processor."""
+        self._concurrent = concurrent
+        self._reported = {Lane.PREFILL: 0.0, Lane.DECODE: 0.0}
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up
         self.prefix_hits = 0  # prompt tokens found
@@ -103,3 +112,13 @@ class SchedulerStats:
         self.last_launch = 0.0  # world.now() when a step was last launched with none before it
         self.longest_step = 0.0  # seconds
         self.prefill_budget = 0
+
+    def observe(self, lane: Lane, launched_at: float, ready_at: float) -> float:
+        """A step has reported; returns its seconds."""
+        self.steps[lane] += 1
+        # A step begins when it was launched and the one before had ended: of its lane, or of any.
+        before = self._reported[lane] if self._concurrent else self.last_progress
+        seconds = ready_at - max(launched_at, before)
+        self._reported[lane] = self.last_progress = ready_at
+        self.longest_step = max(self.longest_step, seconds)
+        return seconds

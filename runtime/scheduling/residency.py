@@ -11,6 +11,7 @@ import numpy as np
 from millrace.runtime.kv.pool import BlockPool
 from millrace.runtime.kv.prefix import PrefixHasher
 from millrace.runtime.scheduling.records import Sequence, Step, num_blocks
+from millrace.runtime.scheduling.swaps import Swaps
 from millrace.runtime.types import BLOCK_SIZE
 
 
@@ -35,10 +36,19 @@ class Rows:
 
 
 class Residency:
-    """Rows and blocks of the sequences that run. `hasher` None turns the prefix cache off."""
+    """Rows and blocks of the sequences that run. `hasher` None turns the prefix cache off, `swaps` None the copying of
+    preempted sequences to the host."""
 
-    def __init__(self, pool: BlockPool, hasher: PrefixHasher | None, max_rows: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        hasher: PrefixHasher | None,
+        max_rows: int,
+        max_model_len: int,
+        swaps: Swaps | None = None,
+    ) -> None:
         self.pool = pool
+        self.swaps = swaps
         self.rows = Rows(max_rows, max_model_len)
         self._hasher = hasher
         self._leaving: list[Sequence] = []
@@ -50,8 +60,8 @@ class Residency:
 
     @property
     def leaving(self) -> bool:
-        """Rows and blocks are on their way back: a launched step names them, and will report."""
-        return bool(self._leaving)
+        """Rows and blocks are on their way back: a launched step or a swap names them, and will report."""
+        return bool(self._leaving) or (self.swaps is not None and bool(self.swaps.outgoing))
 
     def holders(self) -> list[Sequence]:
         """Who holds a row and does not leave; first in line for preemption are the last: stalled readers, then those
@@ -60,7 +70,8 @@ class Residency:
         return sorted(holders, key=lambda s: (s.request.paused, s.request.key, s.seq))
 
     def enter(self, sequence: Sequence, num_rows: int) -> int | None:
-        """Gives a sequence a row and the blocks of all tokens that it has, some of them from the prefix cache.
+        """Gives a sequence a row and the blocks of all tokens that it has, some of them from the prefix cache, and some
+        to be filled from the host: then it is `arriving` until the swap has reported. One that is `saving` has to wait.
 
         Args:
             num_rows: rows that must be free, for this sequence and those that will fork from it.
@@ -86,6 +97,8 @@ class Residency:
         sequence.published = len(hits)
         sequence.announced = False
         self.take_row(sequence, len(hits) * BLOCK_SIZE)
+        if self.swaps is not None:
+            self.swaps.fetch(sequence, len(hits))
         return len(hits) * BLOCK_SIZE
 
     def take_row(self, sequence: Sequence, confirmed: int = 0) -> None:
@@ -115,26 +128,33 @@ class Residency:
         return waiting
 
     def leave(self, sequence: Sequence) -> None:
-        """Marks row and blocks to be given back by `retire`; idempotent."""
+        """Marks row and blocks to be given back by `retire`; without a row, gives back slots. Idempotent."""
         if sequence.row >= 0 and not sequence.leaving:
             sequence.leaving = True
             self._leaving.append(sequence)
+        elif self.swaps is not None:
+            self.swaps.drop(sequence)
 
     def retire(self, launched: Iterable[Step]) -> list[Sequence]:
         """Gives back what no launched step names; returns those who have left without having ended."""
         if not self._leaving:
             return []
         busy = {row for step in launched for row in step.rows.tolist()}
+        if self.swaps is not None:
+            busy |= self.swaps.rows
         gone, waits = [], []
         for sequence in self._leaving:
             row = sequence.row
             if row in busy:
                 waits.append(sequence)
                 continue
+            kept = 0
             if not sequence.ended:
                 sequence.history = self.rows.history[row, : self.rows.known[row]].copy()
                 gone.append(sequence)
-            self.pool.release(sequence.table)
+                if self.swaps is not None:
+                    kept = self.swaps.save(sequence, int(self.rows.confirmed[row]))
+            self.pool.release(sequence.table[kept:])
             sequence.table = []
             sequence.row = -1
             sequence.leaving = False
@@ -153,9 +173,26 @@ class Residency:
                 if not step.sequences[index].leaving:
                     self._publish(self._hasher, step.sequences[index], int(ends[index]) // BLOCK_SIZE)
 
-    def check(self, copied: list[list[int]]) -> None:
-        """Raises AssertionError unless every row and block is accounted for; `copied` are blocks that steps hold."""
+    def swapped(self, swaps: Swaps, *, failed: bool) -> Sequence | None:
+        """The swap launched first has reported; returns the sequence that may go on now, from whatever is there."""
+        swap = swaps.complete(failed=failed)
+        sequence = swap.sequence
+        if swap.out:
+            return None
+        if not failed:
+            full = swap.first + len(swap.blocks)
+            self.rows.computed[sequence.row] = self.rows.confirmed[sequence.row] = full * BLOCK_SIZE
+            if self._hasher is not None and not sequence.leaving:
+                self._publish(self._hasher, sequence, full)
+        return None if sequence.leaving else sequence
+
+    def check(self, copied: list[list[int]], slots: list[list[int]]) -> None:
+        """Raises AssertionError unless every row, block and slot is accounted for; `copied` are blocks that steps hold,
+        `slots` those of sequences without a row."""
         rows = self.rows
+        if self.swaps is not None:
+            self.swaps.check(slots)
+            copied = copied + self.swaps.outgoing
         held = [sequence for sequence in rows.owner if sequence is not None]
         self.pool.check([*(sequence.table for sequence in held), *copied])
         assert len(held) + len(rows.free) == len(rows.owner)

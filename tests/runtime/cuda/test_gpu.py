@@ -140,6 +140,34 @@ async def test_the_engine_gives_the_tokens_of_the_cpu(folder: Path, graphs: bool
             agree_until_a_tie(reference, prompt, one, two, TOLERANCE)
 
 
+async def test_preempted_sequences_come_back_from_the_host(folder: Path) -> None:
+    reference = load_reference(folder)
+    prompts = [random_tokens(20 + i, seed=i) for i in range(6)]
+    found: list[list[list[int]]] = []
+    for num_blocks, megabytes in ((200, 0), (16, 16)):
+        options = {"kv.swap_memory_mb": megabytes, "kv.prefix_cache": False}
+        config, gpu = load_config(None, CONFIG | options), opened(**options)
+        model = load_model(folder, placement=placement(gpu, config, torch.bfloat16))
+
+        async def make(world: AsyncioWorld, model: Any, plan: Any, config: Any, gpu: Gpu = gpu) -> Any:
+            started = await start_gpu(world, gpu, config, model)
+            swap: Any = started.lanes.swap
+            if swap is not None:
+                assert swap.block_seconds > 0
+                swap.block_seconds = 0.0  # a model so small is computed sooner
+            return started.device, started.lanes
+
+        names = {key.replace(".", "__"): value for key, value in (CONFIG | options).items()}
+        async with engine(model=model, num_blocks=num_blocks, gpu=make, **names) as made:
+            done = await asyncio.gather(*[submit(made, prompt, greedy(60, ignore_eos=True)) for prompt in prompts])
+            found.append([list(completion.token_ids) for completion in done])
+            swaps = made.scheduler.residency.swaps
+    assert swaps is not None
+    assert swaps.num_in > 0
+    for one, two, prompt in zip(*found, prompts, strict=True):
+        agree_until_a_tie(reference, prompt, one, two, TOLERANCE)
+
+
 async def test_a_runtime_on_the_gpu_gives_its_memory_back() -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     torch.cuda.empty_cache()

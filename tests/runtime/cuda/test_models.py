@@ -224,3 +224,33 @@ async def test_the_engine_gives_the_tokens_of_the_cpu(shim: ShimLauncher, tmp_pa
                 if graphs:
                     alone.append(await outputs(made, False))
     assert alone[0] == alone[1]  # overlap on and off
+
+
+@pytest.mark.parametrize("kv", [None, torch.int8])
+async def test_preempted_sequences_come_back_from_the_host(
+    shim: ShimLauncher, tmp_path: Path, kv: torch.dtype | None
+) -> None:
+    folder = checkpoint("qwen3-norms", tmp_path, torch.bfloat16, head_dim=64)
+    reference = load_reference(folder)
+    prompts = [random_tokens(20 + i, seed=i) for i in range(3)]
+    found: list[list[list[int]]] = []
+    for num_blocks, slots in ((60, 0), (9, 30)):
+        driver = FakeDriver("random")
+        launcher = CountingLauncher(shim, driver)
+        there = msgspec.structs.replace(place(launcher, torch.bfloat16, driver.current), kv=kv)
+        async with engine(
+            model=load_model(folder, placement=there),
+            num_blocks=num_blocks,
+            gpu=gpu(driver, launcher, use_graphs=False, swap_slots=slots),
+            kv__prefix_cache=False,
+            model__max_model_len=128,
+            scheduler__max_num_seqs=4,
+            scheduler__max_prefill_tokens=32,
+        ) as made:
+            done = await asyncio.gather(*[submit(made, prompt, greedy(28, ignore_eos=True)) for prompt in prompts])
+            found.append([list(completion.token_ids) for completion in done])
+            swaps = made.scheduler.residency.swaps
+    assert swaps is not None
+    assert swaps.num_in > 0
+    for one, two, prompt in zip(*found, prompts, strict=True):
+        agree_until_a_tie(reference, prompt, one, two, 2 * WORST)
