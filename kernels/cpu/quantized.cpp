@@ -1,8 +1,9 @@
 // y = x @ W^T + b with W in 8 or 4 bits: w = scale * (q - zero), one scale and zero for each group of inputs of an
-// output. x is quantised on the way, row by row and group by group, to 8 bits with a scale of its own, so that the sums
-// are integers: q is unsigned and x signed, which is what the processors' dot products of bytes take.
+// output. x is quantised on the way, row by row and part by part, to 8 bits with a scale of its own, so that the sums
+// are integers: q is unsigned and x signed, which is what the processors' dot products of bytes take. A part is a
+// group, or a piece of a long one: with one scale for all inputs, a single large one would leave the others no bits.
 //
-//   y[r][j] = b[j] + sum over groups g of scale[j][g] * x_scale[r][g] * (sum q x - zero[j][g] * sum x)
+//   y[r][j] = b[j] + sum over groups g of scale[j][g] * sum over parts of x_scale[r] * (sum q x - zero[j][g] * sum x)
 //
 // Packed layout: [panel][group]: PW scales (float16), PW zeros (float16), then for each four inputs 8 bits: [2][VL][4]
 // bytes, 4 bits: [VL][4] bytes whose low nibbles are the panel's first VL outputs and whose high nibbles the others.
@@ -20,6 +21,7 @@ constexpr int PW = 2 * VL;               // outputs per panel
 constexpr long HEADER = PW * 4;          // bytes of scales and zeros of a panel's group
 constexpr long BLOCK_BYTES = 512 << 10;  // quantised rows that stay in L2 beside a panel
 constexpr long UNPACK_TILES = 3;         // row tiles from which it pays to widen 4-bit weights once for all
+constexpr long LONGEST_PART = 128;       // inputs that share a scale of x, at most
 constexpr float LEVELS = 127.0f;         // x lies in -127 .. 127
 
 typedef uint8_t bytes_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
@@ -57,11 +59,20 @@ struct Problem {
     float* y;             // [m][n]
     long m, n, k, group;  // group divides k
     int bits;
+    long part;  // divides group
     long groups() const { return k / group; }
     long group_bytes() const { return HEADER + group * PW * bits / 8; }
 };
 
-// Quantised rows: tile t of R rows has its values [group][group / 4][R][4] and for each group R scales and R sums.
+// The longest part that divides a group; the whole group where none of a useful length does.
+long part_of(long group) {
+    for (long part = least(group, LONGEST_PART) / 4 * 4; part >= 32; part -= 4)
+        if (group % part == 0) return part;
+    return group;
+}
+
+// Quantised rows: tile t of R rows has its values [part][part / 4][R][4], for each part R scales, and for each group R
+// sums of the quantised values.
 struct Rows {
     long tiles, base, extra;
     explicit Rows(long m) : tiles(ceil_div(m, MR)), base(m / tiles), extra(m % tiles) {}
@@ -76,26 +87,27 @@ void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t*
         for (long i = 0; i < p.k; i++) ordered[i] = inputs[p.order[i]];
         inputs = ordered;
     }
-    for (long g = 0; g < p.groups(); g++) {
-        const float* from = inputs + g * p.group;
+    for (long g = 0; g < p.groups(); g++) sums[g * height + in_tile] = 0.0f;
+    for (long part = 0; part < p.k / p.part; part++) {
+        const float* from = inputs + part * p.part;
         vf top{}, broken{};  // a NaN or an infinity, which a maximum may pass by, must come out again
         long i = 0;
-        for (; i + VL <= p.group; i += VL) {
+        for (; i + VL <= p.part; i += VL) {
             vf v = load(from + i);
             top = vmax(top, vmax(v, -v));
             broken += v * 0.0f;
         }
         float largest = hmax(top), scale = hsum(broken);
-        for (; i < p.group; i++) {
+        for (; i < p.part; i++) {
             largest = fmaxf(largest, fabsf(from[i]));
             scale += from[i] * 0.0f;
         }
         scale += largest / LEVELS;
         const float inverse = largest > 0 && std::isfinite(scale) ? 1 / scale : 0;
         const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-        int8_t* to = values + g * p.group * height + in_tile * 4;
+        int8_t* to = values + part * p.part * height + in_tile * 4;
         vi vector_sum{};
-        for (i = 0; i + VL <= p.group; i += VL) {
+        for (i = 0; i + VL <= p.part; i += VL) {
             vi q = (vi)(load(from + i) * inverse + magic) - (vi)splat(magic);
             vector_sum += q;
             const bytes_of_lanes narrow = narrow_to_bytes(q);
@@ -104,13 +116,13 @@ void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t*
         int32_t sum = 0, lanes[VL];
         memcpy(lanes, &vector_sum, sizeof lanes);
         for (int32_t lane : lanes) sum += lane;
-        for (; i < p.group; i++) {
+        for (; i < p.part; i++) {
             const int32_t q = (int32_t)rintf(from[i] * inverse);
             to[i / 4 * height * 4 + i % 4] = (int8_t)q;
             sum += q;
         }
-        scales[g * height + in_tile] = scale;
-        sums[g * height + in_tile] = (float)sum;
+        scales[part * height + in_tile] = scale;
+        sums[part * p.part / p.group * height + in_tile] += scale * (float)sum;
     }
 }
 
@@ -167,34 +179,46 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
     vi book{};
     if constexpr (BOOK)
         for (long i = 0; i < VL; i += 4) memcpy((char*)&book + i * 4, p.codebook, 16);
-    for (long g = 0; g < p.groups(); g++, w += p.group_bytes(), scales += R, sums += R) {
-        vi sum_low[R], sum_high[R];
+    const long parts = p.group / p.part;
+    for (long g = 0; g < p.groups(); g++, w += p.group_bytes(), sums += R) {
+        vf group_low[R], group_high[R];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) sum_low[r] = sum_high[r] = vi{};
+        for (int r = 0; r < R; r++) group_low[r] = group_high[r] = vf{};
         const uint8_t* from = w + HEADER;
         __builtin_prefetch(ahead.from + 64, 0, 2);
-        for (long i = 0; i < p.group / 4; i++, values += R * 4, from += step, ahead.from += ahead.step) {
-            for (long line = 0; line < step; line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
-            vi w_low, w_high;
-            load_bytes<BITS>(from, &w_low, &w_high);
-            if constexpr (BOOK) {
-                w_low = look_up(book, w_low);
-                w_high = look_up(book, w_high);
+        for (long part = 0; part < parts; part++, scales += R) {
+            vi sum_low[R], sum_high[R];
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) sum_low[r] = sum_high[r] = vi{};
+            for (long i = 0; i < p.part / 4; i++, values += R * 4, from += step, ahead.from += ahead.step) {
+                for (long line = 0; line < step; line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
+                vi w_low, w_high;
+                load_bytes<BITS>(from, &w_low, &w_high);
+                if constexpr (BOOK) {
+                    w_low = look_up(book, w_low);
+                    w_high = look_up(book, w_high);
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    vi x = splat_bytes(values + r * 4);
+                    sum_low[r] = dot(sum_low[r], w_low, x);
+                    sum_high[r] = dot(sum_high[r], w_high, x);
+                }
             }
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
-                vi x = splat_bytes(values + r * 4);
-                sum_low[r] = dot(sum_low[r], w_low, x);
-                sum_high[r] = dot(sum_high[r], w_high, x);
+                const vf scale = splat(scales[r]);
+                group_low[r] += __builtin_convertvector(sum_low[r], vf) * scale;
+                group_high[r] += __builtin_convertvector(sum_high[r], vf) * scale;
             }
         }
         const vf scale_low = widen_halves(w), scale_high = widen_halves(w + VL * 2);
         const vf zero_low = widen_halves(w + PW * 2), zero_high = widen_halves(w + PW * 2 + VL * 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            const vf sum = splat(sums[r]), scale = splat(scales[r]);
-            low[r] += (__builtin_convertvector(sum_low[r], vf) - zero_low * sum) * (scale_low * scale);
-            high[r] += (__builtin_convertvector(sum_high[r], vf) - zero_high * sum) * (scale_high * scale);
+            const vf sum = splat(sums[r]);
+            low[r] += (group_low[r] - zero_low * sum) * scale_low;
+            high[r] += (group_high[r] - zero_high * sum) * scale_high;
         }
     }
 #pragma GCC unroll 16
@@ -245,14 +269,14 @@ template <int BITS, bool BOOK>
 void multiply(const Problem& p, int threads) {
     static thread_local Scratch value_space, scale_space, sum_space;
     const Rows rows(p.m);
-    const long groups = p.groups(), panels = ceil_div(p.n, PW);
+    const long groups = p.groups(), parts = p.k / p.part, panels = ceil_div(p.n, PW);
     int8_t* values = (int8_t*)value_space.get(ceil_div(p.m * p.k, 4));
-    float* scales = scale_space.get(p.m * groups);
+    float* scales = scale_space.get(p.m * parts);
     float* sums = sum_space.get(p.m * groups);
     auto quantise_tile = [&](long t) {
         const long first = rows.begin(t), height = rows.begin(t + 1) - first;
         for (long r = 0; r < height; r++)
-            quantise_row(p, first + r, r, height, values + first * p.k, scales + first * groups, sums + first * groups);
+            quantise_row(p, first + r, r, height, values + first * p.k, scales + first * parts, sums + first * groups);
     };
     const bool shared = rows.tiles > 1;
     if (!shared) quantise_tile(0);
@@ -293,7 +317,7 @@ void multiply(const Problem& p, int threads) {
                     float* y = p.y + first * p.n + index * PW;
                     const bool whole = columns == PW;
                     const Ahead ahead{p.w + after * panel_bytes + (t - t0) * part, ceil_div(part * 4, p.k)};
-                    tiles[height](unpacks ? eight : p, values + first * p.k, scales + first * groups,
+                    tiles[height](unpacks ? eight : p, values + first * p.k, scales + first * parts,
                                   sums + first * groups, w, p.bias + index * PW, whole ? y : edge, whole ? p.n : PW,
                                   ahead);
                     for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
@@ -365,7 +389,7 @@ EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const uint8_t*
                                 const float* bias, float* y, long m, long n, long k, long group, int bits,
                                 int threads) {
     if (m == 0) return;
-    const Problem p{x, w, codebook, order, bias, y, m, n, k, group, bits};
+    const Problem p{x, w, codebook, order, bias, y, m, n, k, group, bits, part_of(group)};
     if (codebook)
         multiply<4, true>(p, threads);
     else if (bits == 4)
