@@ -39,6 +39,9 @@ LOADS = (
 )
 
 
+_WARMING = 4  # new tokens of a load's first, uncounted run
+
+
 class Running(Protocol):
     """What peers.worker.Worker has."""
 
@@ -82,11 +85,13 @@ def measure(
         deadline: by `clock`; nothing new is begun after it.
         into: what is returned; given, it holds what there is when an interrupt ends the run.
 
-    An engine that fails is out for the rest of the run, and `failed` says why.
+    Every load is run once before its first round counts: engines meet a batch's shape, grow buffers and make contexts
+    then. An engine that fails is out for the rest of the run, and `failed` says why.
     """
     samples = Samples() if into is None else into
     samples.answers = {e.label: {load.name: [] for load in loads} for e in engines}
     running: dict[str, Running] = {}
+    warm: set[tuple[str, str]] = set()  # labels and loads
 
     def job(engine: Engine, load: Load, number: int) -> None:
         answer = None
@@ -97,6 +102,9 @@ def measure(
                 if engine.label not in running:
                     running[engine.label] = start(engine)
                     samples.versions[engine.label] = running[engine.label].versions
+                if (engine.label, load.name) not in warm:
+                    warm.add((engine.label, load.name))
+                    running[engine.label].run(load.prompts(-1), min(load.new_tokens, _WARMING))
                 answer = running[engine.label].run(load.prompts(number), load.new_tokens)
                 told(f"round {number + 1}, {load.name}: {engine.label}")
             except WorkerError as error:
@@ -106,6 +114,7 @@ def measure(
         samples.answers[engine.label][load.name].append(answer)
 
     def close(label: str) -> None:
+        warm.difference_update({pair for pair in warm if pair[0] == label})
         if label in running:
             running.pop(label).close()
 

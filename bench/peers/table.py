@@ -42,10 +42,11 @@ def agreement(samples: Samples, peer: str) -> float | None:
     return same / asked if asked else None
 
 
-def weight_bytes(config: Mapping[str, Any], precision: str, group: int = 64) -> float:
+def weight_bytes(config: Mapping[str, Any], precision: str, group: int = 128) -> float:
     """Bytes of weights that one decode step must read: all matrices, the one that gives the logits included.
 
-    int8 has a scale for each output (not counted); int4 a 2-byte scale and zero for each group, and 8-bit logits.
+    int8 has a scale for each output (not counted); int4 a 2-byte scale and zero for each group, and 8-bit logits. It is
+    Millrace's form that is counted: blocks of other engines may take some percent more or less.
     """
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads

@@ -219,11 +219,14 @@ __attribute__((noinline)) void attend_segment(const Problem& p, const Task& task
         product_rows(height, query + r0 * dim, dim, transposed, 1, dim, SEGMENT, dim, space.scores, SEGMENT,
                      width);
         float maxima[ROWS], sums[ROWS];
+        int32_t starts[ROWS], stops[ROWS];
         for (long r = 0; r < height; r++) {
             float* scores = space.scores + r * SEGMENT;
             const long position = task.position + (r0 + r) / group;
             const int32_t stop = (int32_t)(least(end, position + 1) - begin);
             const int32_t start = (int32_t)(p.window ? most(0, position - p.window + 1 - begin) : 0);
+            starts[r] = start;
+            stops[r] = stop;
             vf top = splat(LOWEST);
             for (long key = 0; key < width; key += VL) {
                 vi index = lane + (int32_t)key;
@@ -251,8 +254,20 @@ __attribute__((noinline)) void attend_segment(const Problem& p, const Task& task
         }
         product_rows(height, space.scores, SEGMENT, value_rows, seen_pieces, BLOCK_SIZE, dim, seen, space.values, dim,
                      dim);
-        for (long r = 0; r < height; r++)
-            merge_row(state + (r0 + r) * stride, maxima[r], sums[r], space.values + r * dim, dim);
+        for (long r = 0; r < height; r++) {
+            float* values = space.values + r * dim;
+            vf broken{};
+            for (long d = 0; d < dim; d += VL) broken += load(values + d) * 0.0f;
+            if (hsum(broken) != 0.0f) {  // a NaN: it may come from a key that this row does not see, with weight 0
+                memset(values, 0, dim * sizeof(float));
+                for (long key = starts[r]; key < stops[r]; key++) {
+                    const vf weight = splat(space.scores[r * SEGMENT + key]);
+                    const float* from = value_rows[key / BLOCK_SIZE] + key % BLOCK_SIZE * dim;
+                    for (long d = 0; d < dim; d += VL) store(values + d, load(values + d) + weight * load(from + d));
+                }
+            }
+            merge_row(state + (r0 + r) * stride, maxima[r], sums[r], values, dim);
+        }
     }
 }
 

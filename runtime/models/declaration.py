@@ -48,8 +48,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(there, Float8Weight):
             if self.activation != torch.float32:
                 # No GPU kernel reads codes, and widening them in every step would take longer than it saves.
-                wide = there.widen().to(self.activation)
-                return ops.pack_linear(wide, bias, activation=self.activation, backends=self.backends)
+                wide = torch.empty(there.codes.shape, dtype=self.activation, device=self.device)
+                return ops.pack_linear(
+                    widen_into(wide, there), bias, activation=self.activation, backends=self.backends
+                )
             return ops.pack_float8(there, bias, activation=self.activation, backends=self.backends)
         return ops.pack_quantized(there, bias, activation=self.activation, backends=self.backends)
 

@@ -23,6 +23,7 @@ from millrace.runtime.weights.resolve import resolve_model
 _GROUP = 128  # what published checkpoints have, where it divides the inputs
 _LEAST_GROUP = 16  # smaller ones cost more in scales than they save
 _LEAST_HELD = 32  # windows of held-out text
+_MATHEMATICS = 1  # to be raised when a method gives other numbers, so that no run mixes two
 _OPTION_NAMES = {"group": "group_size"}
 
 
@@ -108,6 +109,7 @@ def quantize(
     check_space(output, _space(source, chosen, texts))
     manifest = {
         **msgspec.to_builtins(chosen),
+        "mathematics": _MATHEMATICS,
         "samples": samples,
         "window": window,
         "model": source.digest(),
@@ -135,11 +137,11 @@ def _choose(name: str, source: Source, options: Mapping[str, Any]) -> Method:
 
 
 def _check_sizes(method: Method, source: Source) -> None:
-    group = method.group_size
+    group, has_groups = method.group_size, "group" in {field.name for field in msgspec.structs.fields(method)}
     for linear in (linear for layer in source.layers for linear in _linears(layer)):
         inputs = linear.in_features
         for part in linear.parts:
-            if group and (group < _LEAST_GROUP or inputs % group):
+            if has_groups and (group < _LEAST_GROUP or inputs % group):
                 fitting = ", ".join(str(size) for size in (128, 64, 32, 16) if inputs % size == 0)
                 raise ConfigError(
                     f"group_size is {group}, but for {part.name} it must be a divisor of its {inputs} inputs, and at "

@@ -35,6 +35,8 @@ class WorkFolder:
         self._folder = _partial(output)
         self.shards = self._folder / "output"
         path = self._folder / _MANIFEST
+        if path.is_file() and not self.shards.is_dir():
+            shutil.rmtree(self._folder)  # of a run that was killed after it had given the output its name
         if path.is_file():
             self._compare(json.loads(path.read_text(encoding="utf-8")), manifest)
         elif self._folder.exists():
@@ -44,6 +46,8 @@ class WorkFolder:
         else:
             self.shards.mkdir(parents=True)
             _replace_text(path, json.dumps(manifest, indent=2))
+        for left in (*self._folder.glob("*.tmp*"), *self.shards.glob("*.tmp*"), *self.shards.glob(".tmp*")):
+            left.unlink()  # of a run that was killed in the middle of a file
         states = [int(state.stem.removeprefix("state-")) for state in self._folder.glob("state-*.safetensors")]
         self.layers_done = max(states, default=0)
 

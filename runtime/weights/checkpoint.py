@@ -112,6 +112,8 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path) -> Iterable[Path]:
+    if (folder / _SINGLE).is_file():  # before an index, which may be left from what the file was made of
+        return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -120,8 +122,6 @@ def _weight_files(folder: Path) -> Iterable[Path]:
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{folder / _INDEX} names files outside its folder: {', '.join(names)}")
         return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(found) == 1 and found[0].startswith(_AUTOGPTQ):
         return [folder / found[0]]
@@ -145,7 +145,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds {type(values).__name__}, but it must hold an object")

@@ -171,10 +171,10 @@ def test_engines_take_turns_and_rounds_give_ratios(together: bool) -> None:
 
 def test_an_engine_that_fails_is_out_and_the_rest_goes_on() -> None:
     clock = Clock()
-    made = {OWN: Fake(clock, 1.0), PEER: Fake(clock, 1.0, fails_at=2)}
+    made = {OWN: Fake(clock, 1.0), PEER: Fake(clock, 1.0, fails_at=3)}
     samples = measure([OWN, PEER], made.__getitem__, True, 2, 1e9, lambda _: None, SMALL, clock)
     assert samples.failed == {"peer": "prompt: out of memory"}
-    assert made[PEER].closed and made[PEER].jobs == 2 and made[OWN].jobs == 4
+    assert made[PEER].closed and made[PEER].jobs == 3 and made[OWN].jobs == 6
     assert samples.answers["peer"]["prompt"] == [None, None]
     assert table.ratios(samples, "peer", SMALL[0]) == [1.0]
     assert table.ratios(samples, "peer", SMALL[1]) == []
@@ -193,7 +193,7 @@ def test_an_engine_that_cannot_start_is_out() -> None:
 
 def test_nothing_begins_after_the_deadline() -> None:
     clock = Clock()
-    samples = measure([OWN], lambda _: Fake(clock, 1.0), True, 3, clock() + 4, lambda _: None, SMALL, clock)
+    samples = measure([OWN], lambda _: Fake(clock, 1.0), True, 3, clock() + 8, lambda _: None, SMALL, clock)
     assert samples.failed == {"time": "ran out in round 2 at prompt"}
     assert [len([a for a in answers if a]) for answers in samples.answers[MILLRACE].values()] == [2, 1]
 

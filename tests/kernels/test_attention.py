@@ -179,6 +179,21 @@ def test_a_query_that_is_not_a_number_says_so(backend: Backend) -> None:
     assert y[1, 0].isnan().all() and not y[0].isnan().any() and not y[1, 1].isnan().any()
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16])
+def test_a_value_that_is_not_a_number_reaches_only_those_who_see_it(
+    compiled: Backend, kv: torch.dtype, window: int | None
+) -> None:
+    case = make_case([40], [40], kv_heads=1, group=3, head_dim=64, kv=kv)
+    clean = case.run(compiled, window)
+    case.v_cache[case.block_tables[0, 0].long(), 0, 9] = torch.nan
+    y = case.run(compiled, window)
+    last = 40 if window is None else 9 + window
+    assert y[9:last].isnan().all()
+    others = [*range(9), *range(last, 40)]
+    torch.testing.assert_close(y[others], clean[others], rtol=0, atol=1e-6)
+
+
 def test_an_empty_batch_gives_nothing(backend: Backend) -> None:
     case = make_case([0], [5], kv_heads=2, group=2, head_dim=32)
     assert case.run(backend, None).shape == (0, 4, 32)

@@ -36,12 +36,9 @@ def rounded(x: torch.Tensor, group: int) -> tuple[NDArray[np.float64], float]:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("n", "k", "group"),
 @pytest.mark.parametrize(("n", "k", "group"), [
     (1, 4, 4), (31, 64, 32), (100, 96, 96), (161, 1088, 64), (33, 60, 12), (40, 896, 896), (70, 520, 260),
 ])  # fmt: skip
-)
 def test_matches_the_reference_for_any_number_of_rows(backend: Backend, bits: int, n: int, k: int, group: int) -> None:
     weight = made(n, k, bits, group)
     matrix = widened(weight)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed
+from millrace.runtime.quant.formats.base import AUTO_ROUND, FLOATS, Matrix, Part, StoredMatrix, is_listed
 from millrace.runtime.quant.formats.packing import bytes_of, quantized
 
 _PER_WORD = 8
@@ -31,7 +31,7 @@ _SUFFIXES = ("qweight", "qzeros", "scales")
 _BOOKKEEPING = (
     "act_group_aware batch_size block_name_to_quantize cache_block_outputs damp_percent dataset do_fuse exllama_config "
     "fuse_max_seq_len lm_head max_input_length meta model_seqlen module_name_preceding_first_block "
-    "modules_in_block_to_quantize modules_to_fuse pad_token_id sym tokenizer true_sequential"
+    "modules_in_block_to_quantize modules_to_fuse pad_token_id sym tokenizer true_sequential " + AUTO_ROUND
 )
 
 
@@ -81,7 +81,7 @@ class AwqFormat:
         config.refuse_unknown(
             _BOOKKEEPING,
             "quant_method bits w_bit group_size q_group_size zero_point version format backend desc_act "
-            "modules_to_not_convert",
+            "modules_to_not_convert checkpoint_format method pack_dtype dynamic data_type",
         )
         if config.integer(_older(config, "bits", "w_bit")) != 4:
             config.refuse(_older(config, "bits", "w_bit"), "4")
@@ -91,8 +91,13 @@ class AwqFormat:
             config.refuse("zero_point", "true")
         if config.flag("desc_act", False):
             config.refuse("desc_act", "false")
-        for key in ("version", "format"):
+        for key in ("version", "format", "checkpoint_format"):
             config.one_of(key, ("gemm", "GEMM"), "gemm")
+        config.one_of("method", ("awq",), "awq")
+        config.one_of("pack_dtype", ("int32",), "int32")
+        config.one_of("data_type", ("int",), "int")
+        if config.values.get("dynamic"):
+            config.refuse("dynamic", "absent or empty")
         config.one_of("backend", ("auto", "autoawq", "auto_trainable", "legacy_awq"), "auto")
         self._plain = config.strings("modules_to_not_convert")
 

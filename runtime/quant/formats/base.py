@@ -12,6 +12,11 @@ from millrace.runtime.errors import CheckpointError
 from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.weights.checkpoint import StoredTensor
 
+# What Intel's AutoRound writes beside the keys of the format that it exports to: how it rounded.
+AUTO_ROUND = (
+    "amp autoround_version enable_minmax_tuning enable_quanted_input gradient_accumulate_steps iters low_gpu_mem_usage "
+    "lr minmax_lr nsamples provider scale_dtype seqlen to_quant_block_names"
+)
 FLOATS = ("F16", "BF16", "F32")  # names of safetensors
 
 

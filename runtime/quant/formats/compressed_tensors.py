@@ -150,7 +150,8 @@ class CompressedTensorsFormat:
     def __init__(self, config: ConfigReader) -> None:
         config.refuse_unknown(
             # How far a library had come with it, and how keys and values are kept there.
-            "version global_compression_ratio kv_cache_scheme run_compressed dequantize use_optimized_inference",
+            "version global_compression_ratio kv_cache_scheme run_compressed dequantize use_optimized_inference "
+            "provider",
             "quant_method format config_groups ignore quantization_status sparsity_config transform_config "
             "moe_sparsity_config",
         )

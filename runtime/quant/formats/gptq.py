@@ -20,7 +20,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, compiled
+from millrace.runtime.quant.formats.base import AUTO_ROUND, FLOATS, Matrix, Part, StoredMatrix, compiled
 from millrace.runtime.quant.formats.packing import quantized, unpack_rows
 
 _BITS = (2, 3, 4, 8)
@@ -35,7 +35,7 @@ _BOOKKEEPING = (
     "module_name_preceding_first_block modules_in_block_to_quantize moe moe_vram_strategy moe_vram_strategy_devices "
     "mse offload_to_disk offload_to_disk_path pack_impl pad_token_id static_groups sym telemetry tokenizer "
     "true_sequential use_cuda_fp16 use_exllama v2 v2_alpha v2_memory_device vram_strategy "
-    "wait_for_submodule_finalizers"
+    "wait_for_submodule_finalizers " + AUTO_ROUND
 )
 
 
@@ -108,8 +108,9 @@ class GptqFormat:
         config.refuse_unknown(
             _BOOKKEEPING,
             "quant_method method bits group_size desc_act format checkpoint_format is_marlin_format "
-            "awq_gemm_checkpoint pack_dtype dynamic rotation adapter activation preprocessors",
+            "awq_gemm_checkpoint pack_dtype dynamic rotation adapter activation preprocessors data_type",
         )
+        config.one_of("data_type", ("int",), "int")
         self._bits = _bits(config)
         self._group_size = _group_size(config)
         self._needs_groups = config.flag("desc_act", False)

@@ -79,7 +79,7 @@ def quantized(
     """The matrix as integers with float16 scales; widened to type `wide` where float16 cannot hold the scales.
 
     Rounding a scale to float16 moves its group's weights by at most 2^-11 of their size. Scales below float16's normal
-    range are rounded more coarsely; they pass as long as they are off by no more than 2^-11 of the largest scale.
+    range are rounded more coarsely; they pass as long as they are off by no more than 2^-11 of the output's largest.
 
     Args:
         q: [out, in] uint8, below 2 ** bits.
@@ -94,6 +94,6 @@ def quantized(
         matrix.refuse("its scales are not all finite numbers: the checkpoint is damaged")
     halves = scales.half()
     weight = QuantizedWeight(q, halves, zeros.half().contiguous(), 4 if bits <= 4 else 8, codebook, order)
-    if bool((halves.float() - scales).abs().max() <= _HALF_STEP * scales.abs().max()):
+    if bool(((halves.float() - scales).abs().amax(1) <= _HALF_STEP * scales.abs().amax(1)).all()):
         return weight._replace(scales=halves.contiguous())
     return widen_into(torch.empty(q.shape, dtype=wide), weight._replace(scales=scales, zeros=zeros))

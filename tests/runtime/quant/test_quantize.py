@@ -255,6 +255,7 @@ def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path, text: Path) ->
     ({"method": "int8", "group_size": 32}, "group_size is no setting of int8"),
     ({"method": "awq", "desc_act": True, "sym": True}, "desc_act, sym is no setting of awq"),
     ({"method": "awq", "group_size": 64}, "mlp.down_proj it must be a divisor of its 112 inputs, and at least 16: 16"),
+    ({"method": "awq", "group_size": 0}, "group_size is 0, but for"),
     ({"method": "awq", "group_size": 8}, "its 64 inputs, and at least 16: 64, 32, 16"),
     ({"method": "gptq", "bits": 3}, "gate_proj is [112, 64], but gptq with 3 bits packs 32 together"),
     ({"method": "int8", "window": 300}, "window is 300, but it must be between 2 and 256"),

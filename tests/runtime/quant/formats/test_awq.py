@@ -23,12 +23,21 @@ from safetensors.torch import load_file
 
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.errors import CheckpointError
+from millrace.runtime.quant.formats import read_format
 from millrace.runtime.quant.formats.awq import unpack_columns
 from millrace.runtime.weights.loader import load_model
 
 torch.set_num_threads(1)
 
 SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+@pytest.mark.parametrize("others", [
+    {"checkpoint_format": "gemm", "format": "gemm", "pack_dtype": "int32", "desc_act": False, "meta": {}},
+    {"provider": "auto-round", "autoround_version": "0.5", "data_type": "int", "iters": 200, "sym": False},
+])  # fmt: skip
+def test_what_current_tools_write_is_read(others: dict[str, Any]) -> None:
+    assert read_format({"quantization_config": SETTINGS | others}) is not None
 
 
 def convert(name: str, weight: torch.Tensor) -> Stored | None:
