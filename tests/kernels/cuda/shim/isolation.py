@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 LIMIT_S = 150.0  # of one function; a kernel that spins for ever is killed
 
 
@@ -60,6 +62,9 @@ def run_isolated(function: Callable[[], object]) -> Outcome:
 def _child(function: Callable[[], object], write_end: int) -> None:
     try:
         faulthandler.disable()
+        # After a fork torch makes its thread pool anew when it is first asked for; several threads that ask at once, as
+        # when transformers loads a checkpoint, find none.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             function()
             outcome = Outcome("passed")
