@@ -13,6 +13,9 @@ turns at every load, since one launch differs from the next by more than engines
 round. Rates of decoding count from the moment when every sequence has its first token. Then 16 streams over HTTP:
 `millrace serve` and llama-server.
 
+All of it takes hours. With --add a run keeps what the JSON file holds of other shapes and precisions, so that it can
+be done in pieces: the engines of one precision are always compared within one run.
+
 Leave the machine alone meanwhile. Exit status: 0; 1 if an engine failed or time ran out; 2 for wrong arguments.
 """
 
@@ -151,9 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--build", action="store_true", help="build and convert what is missing, measure nothing")
     parser.add_argument("--quick", action="store_true", help="one round of the 0.5B shape, llama.cpp and OpenVINO only")
     parser.add_argument("--no-http", action="store_true", help="leave out the streams over HTTP")
+    parser.add_argument("--add", action="store_true", help="to what the JSON file holds; else it is written anew")
     parser.add_argument("--json", type=Path, default=RESULTS / "peers_cpu.json", metavar="FILE")
     parser.add_argument("--plot", type=Path, default=RESULTS / "peers_cpu.png", metavar="FILE")
     args = parser.parse_args(arguments)
+    if args.add and not args.json.is_file():
+        parser.error(f"--add needs a result to add to, and {args.json} is not there: run once without")
     if args.rounds < 1 or args.threads < 1 or args.minutes <= 0 or args.build_minutes <= 0:
         parser.error("--rounds and --threads must be at least 1, --minutes and --build-minutes positive")
     if args.quick:
@@ -215,6 +221,8 @@ def report(
         result["shapes"][shape] = table.summary(preset(shape), parts, LOADS, bandwidth)
     for shape, part in result["http"].items():
         console.print(http_part.http_table(shape, part))
+    if args.add:
+        result = table.added(json.loads(args.json.read_text("utf-8")), result)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     console.print(f"written: {args.json}")

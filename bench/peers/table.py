@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from peers.engines import MILLRACE
+from peers.engines import MILLRACE, PRECISIONS
 from peers.measure import Load, Samples
 
 
@@ -122,6 +122,21 @@ def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequ
             "failed": samples.failed,
         }
         for precision, samples in parts.items()
+    }
+
+
+def added(earlier: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of an earlier run with the precisions and the HTTP part of a later one in it, or in their places."""
+    shapes = {shape: dict(parts) for shape, parts in earlier["shapes"].items()}
+    for shape, parts in result["shapes"].items():
+        together = {**shapes.get(shape, {}), **parts}
+        shapes[shape] = {precision: together[precision] for precision in PRECISIONS if precision in together}
+    return {
+        **result,
+        "not_built": {**earlier["not_built"], **result["not_built"]},
+        "read_bandwidth": [*earlier["read_bandwidth"], *result["read_bandwidth"]],
+        "shapes": shapes,
+        "http": {**earlier["http"], **result["http"]},
     }
 
 

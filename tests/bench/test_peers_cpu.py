@@ -411,3 +411,25 @@ def test_wrong_arguments(arguments: list[str], told: str, capsys: pytest.Capture
     with pytest.raises(SystemExit) as ended:
         peers_cpu.main(arguments)
     assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_run_is_added_to_an_earlier_one() -> None:
+    def result(shapes: dict[str, Any], **others: Any) -> dict[str, Any]:
+        return {"rounds": 3, "not_built": {}, "read_bandwidth": [2e10], "shapes": shapes, "http": {}, **others}
+
+    earlier = result({"small": {"int8": "old", "int4": "old"}}, http={"small": "kept"}, not_built={"vllm": "no wheel"})
+    later = result({"small": {"fp32": "new", "int8": "new"}, "large": {"bf16": "new"}}, read_bandwidth=[1e10])
+    found = table.added(earlier, later)
+    assert found["shapes"] == {
+        "small": {"fp32": "new", "int8": "new", "int4": "old"},
+        "large": {"bf16": "new"},
+    }
+    assert list(found["shapes"]["small"]) == ["fp32", "int8", "int4"]
+    assert found["http"] == {"small": "kept"} and found["not_built"] == {"vllm": "no wheel"}
+    assert found["read_bandwidth"] == [2e10, 1e10]
+
+
+def test_there_must_be_a_run_to_add_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        peers_cpu.main(["--add", "--json", str(tmp_path / "none.json")])
+    assert "run once without" in capsys.readouterr().err
