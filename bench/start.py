@@ -1,10 +1,11 @@
 """From the start of Python to a runtime that serves, with `millrace build` and without, taking turns.
 
-    python bench/start.py [--checkpoint FOLDER] [--quantize none int8 int4] [--rounds 3]
+    python bench/start.py [--checkpoint FOLDER] [--quantize none int8 int4] [--rounds 3] [--json FILE]
 
 Without --checkpoint a random one of the Qwen2.5-0.5B shape is made, with grist's tokenizer. Each start is a process
-of its own, over files that are in the page cache. The table gives seconds until everything is imported, then until the
-runtime serves; and how many times sooner the whole is with a build.
+of its own, over files that are in the page cache. The table gives seconds: `import torch`, which is the floor; all
+other imports; then until the runtime serves, without a build and with one; and how many times sooner the whole is with
+a build.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import write_random_checkpoint
@@ -22,6 +24,8 @@ from millrace.runtime.weights.synthetic import write_random_checkpoint
 _CHILD = """
 import time
 begun = time.perf_counter()
+import torch
+torch_imported = time.perf_counter()
 import asyncio, json, sys
 import millrace.runtime.app
 imported = time.perf_counter()
@@ -29,17 +33,29 @@ async def main():
     options = {"model__quantize": sys.argv[2], "model__build": sys.argv[3], "log__level": "error"}
     runtime = millrace.runtime.app.Runtime(sys.argv[1], **options)
     await runtime.start()
-    print(json.dumps([imported - begun, time.perf_counter() - imported]))
+    print(json.dumps([torch_imported - begun, imported - torch_imported, time.perf_counter() - imported]))
     await runtime.close()
 asyncio.run(main())
 """
 
 
-def start(model: Path, quantize: str, build: str) -> tuple[float, float]:
+class Start(NamedTuple):
+    """Seconds of the parts of one start."""
+
+    torch: float
+    imports: float
+    ready: float
+
+
+def start(model: Path, quantize: str, build: str) -> Start:
     command = [sys.executable, "-c", _CHILD, str(model), quantize, build]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    imported, served = json.loads(done.stdout.splitlines()[-1])
-    return imported, served
+    return Start(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def build(model: Path, folder: Path, quantize: str) -> None:
+    command = [sys.executable, "-m", "millrace.runtime", "build", str(model), str(folder), "--quantize", quantize]
+    subprocess.run(command, capture_output=True, check=True, timeout=600)
 
 
 def main() -> None:
@@ -47,7 +63,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--quantize", nargs="+", default=["none", "int8", "int4"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write all rounds there too")
     args = parser.parse_args()
+    results = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = args.checkpoint
         if model is None:
@@ -55,25 +73,22 @@ def main() -> None:
             write_random_checkpoint(model, "qwen2.5-0.5b", dtype="bfloat16")
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(resolve_model().path / name, model)
-        print(f"{'':6} {'import s':>9} {'start s':>9} {'with build s':>13} {'in all':>8}")
+        print(f"{'':6} {'torch':>7} {'imports':>9} {'start':>7} {'with build':>12} {'in all':>9} {'over torch':>12}")
         for quantize in args.quantize:
             folder = Path(scratch) / quantize
-            command = [
-                sys.executable,
-                "-m",
-                "millrace.runtime",
-                "build",
-                str(model),
-                str(folder),
-                "--quantize",
-                quantize,
-            ]
-            subprocess.run(command, capture_output=True, check=True, timeout=600)
+            build(model, folder, quantize)
             rounds = [(start(model, quantize, ""), start(model, quantize, str(folder))) for _ in range(args.rounds)]
-            imports = statistics.median(one[0] for pair in rounds for one in pair)
-            plain, ready = (statistics.median(pair[which][1] for pair in rounds) for which in (0, 1))
-            ratio = statistics.median(sum(pair[0]) / sum(pair[1]) for pair in rounds)
-            print(f"{quantize:6} {imports:9.2f} {plain:9.2f} {ready:13.2f} {ratio:7.2f}x", flush=True)
+            results[quantize] = [{"without": plain._asdict(), "with": built._asdict()} for plain, built in rounds]
+            torch, imports = (statistics.median(one[part] for pair in rounds for one in pair) for part in (0, 1))
+            plain, ready = (statistics.median(pair[which].ready for pair in rounds) for which in (0, 1))
+            sooner = statistics.median(sum(plain) / sum(built) for plain, built in rounds)
+            over = statistics.median(sum(built) / built.torch for _, built in rounds)
+            print(
+                f"{quantize:6} {torch:7.2f} {imports:9.2f} {plain:7.2f} {ready:12.2f} {sooner:8.2f}x {over:11.2f}x",
+                flush=True,
+            )
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
