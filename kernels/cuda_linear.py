@@ -12,7 +12,8 @@ from torch import Tensor
 from millrace.kernels import cuda_gemv
 from millrace.kernels.arguments import PackedLinear
 from millrace.kernels.cuda_compile import Kernel
-from millrace.kernels.cuda_gemv_pack import TILE_N, PackedWeight
+from millrace.kernels.cuda_gemv_common import TILE_N
+from millrace.kernels.cuda_gemv_pack import PackedWeight
 from millrace.kernels.cuda_launch import Launcher
 
 # To be measured on each new kind of device; results are right for any values.
