@@ -115,9 +115,11 @@ def pack_integers(weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dty
         ValueError: they have groups, zero points, a codebook or an order; no such dtype; or a bias of another shape.
     """
     if not are_row_scaled(weight) or dtype not in TYPES or weight.q.shape[1] % 8:
-        raise ValueError(f"pack_integers: symmetric integers of 8 bits with one scale for each of q's rows, whose length"
-                         f" is a multiple of 8, are needed for bfloat16 or float16, but q is {describe(weight.q)} with"
-                         f" {weight.scales.shape[1]} scales for {dtype}")  # fmt: skip
+        raise ValueError(
+            "pack_integers: symmetric integers of 8 bits with one scale for each row of q, as long as a multiple"
+            f" of 8, are needed for bfloat16 or float16, but q is {describe(weight.q)} with {weight.scales.shape[1]}"
+            f" scales for {dtype}"
+        )
     codes = (weight.q ^ 0x80).view(torch.int8)
     return _packed(codes, weight.scales[:, 0].float(), 0, bias, dtype, weight.is_w8a8)
 
