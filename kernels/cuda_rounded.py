@@ -95,12 +95,18 @@ def multiply(launcher: Launcher, x: Tensor, weight: RowsWeight, out: Tensor, *, 
 def _scaled_product(
     codes: Tensor, scales: Tensor, weight: Tensor, columns: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    # Sums of few bits more (fast accumulation) are lost in what rounding to three bits of mantissa has cost.
-    product: Any = torch._scaled_mm
-    return product(
-        codes, weight.t(), scales[:, None], columns[None, :], bias=bias, out_dtype=out.dtype, use_fast_accum=True,
+    # What fast accumulation drops of the sums is little beside what rounding to three bits of mantissa has cost.
+    torch._scaled_mm(
+        codes,
+        weight.t(),
+        scales[:, None],
+        columns[None, :],
+        bias=bias,
+        out_dtype=out.dtype,
+        use_fast_accum=True,
         out=out,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )
+    return out
 
 
 def round_rows(launcher: Launcher, x: Tensor, codes: torch.dtype, *, stream: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,7 @@ def round_rows(launcher: Launcher, x: Tensor, codes: torch.dtype, *, stream: int
     m, k = x.shape
     found, scales = torch.empty(m, k, dtype=codes, device=x.device), x.new_empty(m, dtype=torch.float32)
     if m:
-        params = np.array((x.data_ptr(), found.data_ptr(), scales.data_ptr(), k), _ROUND)
+        params: Any = np.array((x.data_ptr(), found.data_ptr(), scales.data_ptr(), k), _ROUND)
         launcher.launch(_variant("mr_round_rows", x.dtype, codes), (m, 1, 1), _THREADS, params[()], stream=stream)
     return found, scales
 
