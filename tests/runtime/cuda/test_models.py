@@ -208,8 +208,8 @@ def in_8_bits(folder: Path, method: str) -> Path:
 def test_8_bits_by_8_bits(
     source: str, method: Method, dtype: torch.dtype, worst: float, mean: float, shim: ShimLauncher, tmp_path: Path
 ) -> None:
-    """A prompt is multiplied in 8 bits, decode steps are not. The same weights by unrounded activations, in float32, are
-    the reference: rounding them in float32 moves these logits by up to 0.3 (mean 0.05) in FP8, 0.1 (0.014) in int8."""
+    """A prompt is multiplied in 8 bits, decode steps are not. The reference has the same weights, float32 and unrounded
+    activations: rounding those alone moves these logits by up to 0.3 (mean 0.05) in FP8, by 0.1 (0.014) in int8."""
     folder, rounded = tmp_path, None
     if source == "stored":
         folder = in_8_bits(tmp_path, method)
