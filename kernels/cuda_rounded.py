@@ -16,6 +16,7 @@ from torch import Tensor
 
 from millrace.kernels.arguments import describe
 from millrace.kernels.cuda_compile import Kernel
+from millrace.kernels.cuda_gemv_common import fill
 from millrace.kernels.cuda_gemv_pack import TYPES
 from millrace.kernels.cuda_gemv_rows import CODES, RowsWeight
 from millrace.kernels.cuda_launch import Launcher
@@ -120,11 +121,12 @@ def round_rows(launcher: Launcher, x: Tensor, codes: torch.dtype, *, stream: int
     if x.dim() != 2 or x.dtype not in TYPES or not x.is_contiguous() or x.shape[1] % 8 or x.data_ptr() % 16:
         raise ValueError(f"round_rows: x is {describe(x)}, but contiguous bfloat16 or float16 [m, a multiple of 8] at a"
                          " multiple of 16 bytes is needed")  # fmt: skip
-    _check_device("round_rows", launcher, x)
     m, k = x.shape
     found, scales = torch.empty(m, k, dtype=codes, device=x.device), x.new_empty(m, dtype=torch.float32)
+    params: Any = np.zeros((), _ROUND)
+    fill("round_rows", launcher, x.device, params, {"x": x, "codes": found, "scales": scales})
+    params["k"] = k
     if m:
-        params: Any = np.array((x.data_ptr(), found.data_ptr(), scales.data_ptr(), k), _ROUND)
         launcher.launch(_variant("mr_round_rows", x.dtype, codes), (m, 1, 1), _THREADS, params[()], stream=stream)
     return found, scales
 
@@ -132,20 +134,14 @@ def round_rows(launcher: Launcher, x: Tensor, codes: torch.dtype, *, stream: int
 def scale_sums(
     launcher: Launcher, sums: Tensor, scales: Tensor, weight: RowsWeight, columns: slice, out: Tensor, *, stream: int
 ) -> None:
-    """Fills columns of out [m, n] with sums [m, len(columns)] int32 * scales [m] * the weight's scales + bias."""
+    """Fills columns of out [m, n] with sums [m, len(columns)] int32 * scales [m] * the weight's scales + bias. They
+    begin and end at multiples of 16. Raises ValueError where a tensor is elsewhere."""
     m, n = sums.shape
-    _check_device("scale_sums", launcher, sums)
     params: Any = np.zeros((), _SCALE)
-    for name, tensor in (
-        ("sums", sums), ("rows", scales), ("columns", weight.scales[columns]), ("y", out[:, columns]),
-        ("bias", None if weight.bias is None else weight.bias[columns]),
-    ):  # fmt: skip
-        params[name] = 0 if tensor is None else tensor.data_ptr()
+    fill("scale_sums", launcher, sums.device, params, {
+        "sums": sums, "rows": scales, "columns": weight.scales[columns], "y": out[:, columns],
+        "bias": None if weight.bias is None else weight.bias[columns],
+    })  # fmt: skip
     params["y_stride"], params["n"] = out.stride(0), n
     grid = (m, -(-n // (8 * _THREADS)), 1)
     launcher.launch(_variant("mr_scale_sums", out.dtype, torch.int8), grid, _THREADS, params[()], stream=stream)
-
-
-def _check_device(op: str, launcher: Launcher, tensor: Tensor) -> None:
-    if tensor.device.type != launcher.device_type:
-        raise ValueError(f"{op}: the tensors are on {tensor.device}, but must be on a {launcher.device_type} device")

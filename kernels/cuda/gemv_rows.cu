@@ -12,7 +12,7 @@
 // with groups a tile lies in one, and its sums are scaled before they are added up.
 //
 // Floor: bytes of weights / bandwidth. Each lane keeps IN_FLIGHT tiles, of two 16-byte loads each, under way: with 24
-// warps on an SM that is 48 KiB. Work per kilobyte of weights: about 100 instructions of the 300 that fit.
+// warps on an SM that is 48 KiB. Work per kilobyte of weights: about 120 instructions of the 300 that fit.
 #include "eight_bits.cuh"
 #include "gemv.cuh"
 

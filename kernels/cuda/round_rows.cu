@@ -16,10 +16,9 @@ struct RoundRowsParams {
 
 // One block for each row. A NaN or an infinity makes the scale no finite number, and so the row's product.
 extern "C" __global__ void __launch_bounds__(THREADS) mr_round_rows(RoundRowsParams p) {
-    const MR_T* x = p.x + blockIdx.x * static_cast<i64>(p.k);
-    // As integers, magnitudes order like floats with NaN on top.
     __shared__ u32 of_warp[THREADS / 32];
-    u32 bits = 0;
+    const MR_T* x = p.x + blockIdx.x * static_cast<i64>(p.k);
+    u32 bits = 0;  // as integers, magnitudes order like floats with NaN on top
     for (i32 column = threadIdx.x * 8; column < p.k; column += THREADS * 8) {
         float v[8];
         load_vec(v, x + column);
@@ -56,11 +55,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) mr_round_rows(RoundRowsPar
 }
 
 struct ScaleSumsParams {
-    const i32* sums;      // [m, n]
-    const float* rows;    // [m], scales of the activations
-    const float* columns; // [n], scales of the weights
-    const MR_T* bias;     // [n] or null
-    MR_T* y;              // [m, y_stride]
+    const i32* sums;       // [m, n]
+    const float* rows;     // [m], scales of the activations
+    const float* columns;  // [n], scales of the weights
+    const MR_T* bias;      // [n] or null
+    MR_T* y;               // [m, y_stride]
     i64 y_stride;
     i32 n;  // a multiple of 8
 };
