@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling
+from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_gemv, cuda_gemv_rows, cuda_sampling
 from millrace.kernels.arguments import (
     BLOCK_SIZE,
     ActivationArgs,
@@ -18,6 +18,7 @@ from millrace.kernels.arguments import (
     Backend,
     CopyBlocksArgs,
     EmbeddingArgs,
+    Float8Args,
     NormArgs,
     PackArgs,
     PackedLinear,
@@ -27,7 +28,7 @@ from millrace.kernels.arguments import (
 )
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
-from millrace.kernels.cuda_linear import CudaLinear, CudaQuantized, QuantizedProducts
+from millrace.kernels.cuda_linear import CudaLinear, CudaQuantized, CudaRows, QuantizedProducts
 
 _TYPES = tuple(cuda_elementwise.MODEL_DTYPES)
 _VECTOR = cuda_elementwise.VECTOR
@@ -71,8 +72,19 @@ class CudaBackend(Backend):
         reason = cuda_gemv.lacks(args.weight, args.activation)
         if reason:
             return Refusal(reason)
-        return self._elsewhere(args.weight.q) or CudaQuantized(
-            self._products, cuda_gemv.pack(args.weight, args.bias, args.activation)
+        refusal = self._elsewhere(args.weight.q)
+        if refusal is not None:
+            return refusal
+        if args.weight.is_w8a8 and cuda_gemv_rows.are_row_scaled(args.weight):
+            return CudaRows(self._products, cuda_gemv_rows.pack_integers(args.weight, args.bias, args.activation))
+        return CudaQuantized(self._products, cuda_gemv.pack(args.weight, args.bias, args.activation))
+
+    def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
+        reason = cuda_gemv_rows.lacks(args.weight, args.activation)
+        if reason:
+            return Refusal(reason)
+        return self._elsewhere(args.weight.codes) or CudaRows(
+            self._products, cuda_gemv_rows.pack_float8(args.weight, args.bias, args.activation)
         )
 
     @property

@@ -7,7 +7,7 @@ chosen from the shape of W and the device alone.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,21 @@ from torch import Tensor
 
 from millrace.kernels.arguments import describe
 from millrace.kernels.cuda_compile import Kernel
-from millrace.kernels.cuda_gemv_pack import TILE_K, TILE_N, TYPES, PackedWeight, lacks, pack
+from millrace.kernels.cuda_gemv_common import (
+    MAX_ROWS,
+    THREADS,
+    TILE_N,
+    WARPS,
+    GemvWorkspace,
+    fill,
+    prepare,
+    workspace_size,
+)
+from millrace.kernels.cuda_gemv_pack import TILE_K, TYPES, PackedWeight, lacks, pack
 from millrace.kernels.cuda_launch import Launcher
 
 __all__ = ["MAX_ROWS", "GemvWorkspace", "PackedWeight", "dequantise", "gemv", "kernels", "lacks", "pack",
            "weight_kernels", "workspace_size"]  # fmt: skip
-
-MAX_ROWS = 8
-_THREADS = 256
-_WARPS = _THREADS // 32
-_MIN_TILES_PER_WARP = 2  # a split of less has no loads to overlap
 
 _MATRIX = np.dtype(
     [(name, "u8") for name in ("weight", "group_scales", "row_scales")]
@@ -76,44 +81,6 @@ def kernels() -> Iterable[Kernel]:
                 yield _variant(name, dtype, *variant)
 
 
-class GemvWorkspace(NamedTuple):
-    """Scratch of the products whose columns are split over thread blocks; one stream at a time may use it.
-
-    Attributes:
-        partial: [size] float32.
-        arrivals: [n_tiles] int32, zero between launches.
-    """
-
-    partial: Tensor
-    arrivals: Tensor
-
-    @classmethod
-    def allocate(cls, size: tuple[int, int], device: torch.device) -> "GemvWorkspace":
-        """`size` is the largest `workspace_size` of the weights, part by part."""
-        return cls(
-            torch.empty(size[0], dtype=torch.float32, device=device),
-            torch.zeros(size[1], dtype=torch.int32, device=device),
-        )
-
-    def holds(self, size: tuple[int, int]) -> bool:
-        return self.partial.numel() >= size[0] and self.arrivals.numel() >= size[1]
-
-
-def workspace_size(launcher: Launcher, weight: PackedWeight) -> tuple[int, int]:
-    """Floats and counters that products with the weight need; (0, 0) if its columns are not split."""
-    splits, n_tiles = _splits(launcher, weight), weight.weight.shape[0]
-    return (splits * n_tiles * TILE_N * MAX_ROWS, n_tiles) if splits > 1 else (0, 0)
-
-
-def _splits(launcher: Launcher, weight: PackedWeight) -> int:
-    """Parts of the columns. From shape and device alone, so that a row's sums do not depend on the batch."""
-    n_tiles, k_tiles = weight.weight.shape[:2]
-    if n_tiles >= 2 * launcher.sm_count:  # a wave has three thread blocks on each
-        return 1
-    wanted = -(-2 * launcher.sm_count // n_tiles)
-    return max(1, min(wanted, k_tiles // (_WARPS * _MIN_TILES_PER_WARP)))
-
-
 def gemv(
     launcher: Launcher,
     x: Tensor,
@@ -134,43 +101,19 @@ def gemv(
     Raises:
         ValueError: a wrong shape, dtype, device or layout.
     """
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS or x.shape[1] != weight.k or x.dtype != weight.dtype:
-        raise ValueError(f"gemv: x is {describe(x)}, but {weight.dtype} [1 to {MAX_ROWS}, {weight.k}] is needed")
-    m = x.shape[0]
-    if x.stride(1) != 1 or (m > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
-        raise ValueError(
-            f"gemv: x has strides {x.stride()} at address {x.data_ptr():#x}, but neighbouring columns and rows at "
-            "multiples of 16 bytes are needed"
-        )
-    if out is None:
-        out = torch.empty(m, weight.n, dtype=weight.dtype, device=x.device)
-    if out.shape != (m, weight.n) or out.dtype != weight.dtype or (weight.n > 1 and out.stride(1) != 1):
-        raise ValueError(f"gemv: out is {describe(out)}, but {weight.dtype} [{m}, {weight.n}] is needed")
-    needed = workspace_size(launcher, weight)
-    if not any(needed):
-        workspace = None
-    elif workspace is None:
-        workspace = GemvWorkspace.allocate(needed, x.device)
-    elif not workspace.holds(needed):
-        raise ValueError(
-            f"gemv: the workspace has {workspace.partial.numel()} floats and {workspace.arrivals.numel()} "
-            f"counters, but this weight needs {needed[0]} and {needed[1]}"
-        )
-    n_tiles, k_tiles = weight.weight.shape[:2]
-    split_tiles = -(-k_tiles // _splits(launcher, weight))
+    call = prepare("gemv", launcher, x, weight, out, workspace)
     params: Any = np.zeros((), _GEMV_PARAMS)
     _fill("gemv", launcher, params, weight, x.device, {
         "x": x,
         "bias": weight.bias,
-        "y": out,
-        "partial": None if workspace is None else workspace.partial,
-        "arrivals": None if workspace is None else workspace.arrivals,
+        "y": call.out,
+        "partial": call.partial,
+        "arrivals": call.arrivals,
     })  # fmt: skip
-    params["x_stride"], params["y_stride"] = x.stride(0), out.stride(0)
-    params["m"], params["split_tiles"] = m, split_tiles
-    grid = (n_tiles, -(-k_tiles // split_tiles), 1)  # no split without a tile
-    launcher.launch(weight_kernels(weight)[0], grid, _THREADS, params[()], stream=stream)
-    return out
+    params["x_stride"], params["y_stride"] = x.stride(0), call.out.stride(0)
+    params["m"], params["split_tiles"] = x.shape[0], call.split_tiles
+    launcher.launch(weight_kernels(weight)[0], call.grid, THREADS, params[()], stream=stream)
+    return call.out
 
 
 def dequantise(
@@ -206,8 +149,8 @@ def dequantise(
     params["num_rows"] = len(rows)
     params["first_tile"] = rows.start // TILE_N if isinstance(rows, range) else 0
     num_tiles = -(-len(rows) // TILE_N) if isinstance(rows, range) else len(rows)
-    grid = (num_tiles, -(-weight.weight.shape[1] // _WARPS), 1)
-    launcher.launch(weight_kernels(weight)[1], grid, _THREADS, params[()], stream=stream)
+    grid = (num_tiles, -(-weight.tiles[1] // WARPS), 1)
+    launcher.launch(weight_kernels(weight)[1], grid, THREADS, params[()], stream=stream)
     return out
 
 
@@ -225,16 +168,10 @@ def _fill(
         "group_scales": weight.scales if weight.group else None,
         "row_scales": None if weight.group else weight.scales,
     }
-    for record, named in ((params, tensors), (params["w"], matrix)):
-        for name, tensor in named.items():
-            if tensor is None:
-                continue
-            if tensor.device.type != launcher.device_type or tensor.device != device:
-                raise ValueError(f"{op}: {name} is on {tensor.device}, the others on {device}, but all must be on one "
-                                 f"{launcher.device_type} device")  # fmt: skip
-            record[name] = tensor.data_ptr()
     into = params["w"]
-    into["n"], into["k"], into["k_tiles"] = weight.n, weight.k, weight.weight.shape[1]
+    fill(op, launcher, device, params, tensors)
+    fill(op, launcher, device, into, matrix)
+    into["n"], into["k"], into["k_tiles"] = weight.n, weight.k, weight.tiles[1]
     if weight.codebook is not None:
         into["codebook"] = weight.codebook
     if weight.group:

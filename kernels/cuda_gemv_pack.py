@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.arguments import describe
+from millrace.kernels.cuda_gemv_common import TILE_N
 from millrace.kernels.quantized import QuantizedWeight
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-TILE_N = 16
 TILE_K = {4: 64, 8: 32}
 _NARROW = 16  # the smallest group; its columns lie in another order
 
@@ -48,6 +48,11 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.weight, self.scales, self.order, self.bias) if t is not None)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Of rows and of columns."""
+        return self.weight.shape[0], self.weight.shape[1]
 
     @property
     def scales_per_tile(self) -> int:

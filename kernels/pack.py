@@ -47,7 +47,8 @@ def pack_quantized(
 ) -> PackedLinear:
     """As `pack_linear`, for a matrix of 8 or 4 bits: weight = scale * (q - zero), group by group of its inputs.
 
-    The C++ backend also rounds activations to 8 bits, with a scale for each row and group; torch does not.
+    The C++ backend also rounds activations to 8 bits, with a scale for each row and group, and so does a GPU for many
+    rows where the weight is marked `is_w8a8`; torch does not.
     """
     op, q = "pack_quantized", weight.q
     if weight.bits not in (4, 8):
@@ -84,7 +85,10 @@ def pack_float8(
     activation: torch.dtype = torch.float32,
     backends: Backends = None,
 ) -> PackedLinear:
-    """As `pack_linear`, for a matrix of float8_e4m3fn with scales. Activations stay as they are."""
+    """As `pack_linear`, for a matrix of float8_e4m3fn with scales.
+
+    Activations stay as they are, but where the weight is marked `is_w8a8` a GPU may round them to FP8.
+    """
     op, codes = "pack_float8", weight.codes
     check(op, "codes", codes, ("out", "in"), (torch.float8_e4m3fn,))
     if 0 in codes.shape:

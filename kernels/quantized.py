@@ -23,6 +23,7 @@ class QuantizedWeight(NamedTuple):
     bits: int  # 8 or 4
     codebook: Tensor | None = None  # [16] int8, for 4 bits
     order: Tensor | None = None  # [in] int64, a permutation
+    is_w8a8: bool = False  # meant for activations of 8 bits too: a backend may round them where that is faster
 
     @property
     def group_size(self) -> int:
@@ -32,8 +33,13 @@ class QuantizedWeight(NamedTuple):
         return self._replace(q=self.q[rows], scales=self.scales[rows], zeros=self.zeros[rows])
 
     def to(self, device: torch.device) -> "QuantizedWeight":
-        tensors = (None if tensor is None else tensor.to(device) for tensor in (self.codebook, self.order))
-        return QuantizedWeight(self.q.to(device), self.scales.to(device), self.zeros.to(device), self.bits, *tensors)
+        return self._replace(
+            q=self.q.to(device),
+            scales=self.scales.to(device),
+            zeros=self.zeros.to(device),
+            codebook=None if self.codebook is None else self.codebook.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
 
     def widen(self) -> Tensor:
         """The matrix in float32, its columns in the order of the inputs."""
@@ -53,6 +59,7 @@ class Float8Weight(NamedTuple):
     codes: Tensor  # [out, in] float8_e4m3fn
     scales: Tensor  # [out, ceil(in / group_size)] float32
     group_size: int
+    is_w8a8: bool = False  # as of QuantizedWeight
 
     def rows(self, rows: slice | Tensor) -> "Float8Weight":
         # Torch cannot index float8 by a tensor, but bytes it can.
@@ -60,7 +67,7 @@ class Float8Weight(NamedTuple):
         return self._replace(codes=codes, scales=self.scales[rows])
 
     def to(self, device: torch.device) -> "Float8Weight":
-        return Float8Weight(self.codes.to(device), self.scales.to(device), self.group_size)
+        return self._replace(codes=self.codes.to(device), scales=self.scales.to(device))
 
     def widen(self) -> Tensor:
         """The matrix in float32."""
@@ -94,7 +101,8 @@ def _stack_eights(parts: Sequence[Float8Weight]) -> Float8Weight | None:
     if len({part.group_size for part in parts}) > 1:
         return None
     codes = torch.cat([part.codes for part in parts])
-    return Float8Weight(codes, torch.cat([part.scales for part in parts]), parts[0].group_size)
+    scales = torch.cat([part.scales for part in parts])
+    return Float8Weight(codes, scales, parts[0].group_size, all(part.is_w8a8 for part in parts))
 
 
 def _stack_integers(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
@@ -111,4 +119,5 @@ def _stack_integers(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         q=torch.cat([part.q for part in parts]),
         scales=torch.cat([part.scales for part in parts]),
         zeros=torch.cat([part.zeros for part in parts]),
+        is_w8a8=all(part.is_w8a8 for part in parts),
     )

@@ -85,14 +85,7 @@ def _missing(index: int) -> str:
 def placement(gpu: Gpu, config: Config, dtype: torch.dtype, quantize: Quantization | None = None) -> Placement:
     """Where a model is loaded to: the GPU in 16 bits, with matrices that are rounded as they are loaded if `quantize`
     says so. Torch serves what the kernels refuse.
-
-    Raises:
-        ConfigError: model.quantize is fp8, which no kernel reads on a GPU yet.
     """
-    if quantize is not None and quantize.method == "fp8":
-        raise ConfigError(
-            "model.quantize is fp8, but on a GPU it must be none, int8, int4 or nf4", param="model.quantize"
-        )
     backend = CudaBackend(
         gpu.launcher,
         gpu.driver.current,

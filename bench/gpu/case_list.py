@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from gpu.tree import ROOT
-from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling
+from millrace.kernels import (
+    cuda_attention,
+    cuda_copy,
+    cuda_elementwise,
+    cuda_gemv,
+    cuda_gemv_rows,
+    cuda_rounded,
+    cuda_sampling,
+)
 from millrace.kernels import reference_cuda_attention as attention_reference
 from millrace.kernels import reference_cuda_elementwise as reference
 from millrace.kernels import reference_cuda_gemv as gemv_reference
 from millrace.kernels import reference_cuda_sampling as sampling_reference
 from millrace.kernels.cuda_launch import Launcher
+from millrace.kernels.quantized import Float8Weight
 
 if str(ROOT / "tests" / "kernels" / "cuda") not in sys.path:
     sys.path.append(str(ROOT / "tests" / "kernels" / "cuda"))
@@ -296,6 +305,39 @@ def gemv(
     return Checked([out.cpu(), wide.cpu()], [gemv_reference.gemv(x, whole), whole], UNIT[dtype])
 
 
+def gemv_rows(place: Place, codes: torch.dtype, group: int, m: int, dtype: torch.dtype = BF16) -> Checked:
+    """The product, and the weights as rows of `dtype`, of numbers of 8 bits that lie row by row."""
+    n, k = 336, 1160
+    if codes == INT8:
+        weight: Any = gemv_reference.random_weight(n, k, 8, k, "centre")
+    else:
+        numbers = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+        weight = Float8Weight((numbers & 0xBF).view(FP8), torch.rand(n, -(-k // (group or k))) + 0.5, group or k)
+    whole, x = weight.widen().double(), (torch.randn(m, k) / 64).to(dtype)
+    there = {name: place.put(part) for name, part in weight._asdict().items() if isinstance(part, Tensor)}
+    pack: Any = cuda_gemv_rows.pack_integers if codes == INT8 else cuda_gemv_rows.pack_float8
+    packed = pack(weight._replace(**there), None, dtype)
+    out = cuda_gemv_rows.gemv(place.launcher, place.put(x), packed, stream=place.stream)
+    wide = cuda_gemv_rows.widen(place.launcher, packed, range(n), stream=place.stream)
+    return Checked([out.cpu(), wide.cpu()], [gemv_reference.gemv(x, whole), whole], UNIT[dtype])
+
+
+def rounded(place: Place, codes: torch.dtype, dtype: torch.dtype = BF16) -> Checked:
+    """Activations as numbers of 8 bits times their scale; and sums of integers, scaled."""
+    x = torch.randn(5, 4104).to(dtype)
+    found, scales = cuda_rounded.round_rows(place.launcher, place.put(x), codes, stream=place.stream)
+    weight = gemv_reference.random_weight(48, 64, 8, 64, "centre")
+    there = {name: place.put(part) for name, part in weight._asdict().items() if isinstance(part, Tensor)}
+    packed = cuda_gemv_rows.pack_integers(weight._replace(**there), place.put(torch.randn(48)), dtype)
+    sums, y = torch.randint(-(1 << 20), 1 << 20, (5, 48), dtype=torch.int32), torch.empty(5, 48, dtype=dtype)
+    out, there_sums = place.put(y), place.put(sums)
+    cuda_rounded.scale_sums(place.launcher, there_sums, scales, packed, slice(0, 48), out, stream=place.stream)
+    bias = packed.bias.double().cpu() if packed.bias is not None else 0
+    wanted = sums.double() * scales.double().cpu()[:, None] * weight.scales[:, 0].double() + bias
+    back = found.float().cpu() * scales.cpu()[:, None]
+    return Checked([back, out.cpu()], [x.double(), wanted], 0.04 if codes == FP8 else 0.02)
+
+
 RAGGED = [1, 15, 16, 17, 0, 33, 300, 1300]
 DECODE = {
     "bf16 128, group 4": Spec(head_dim=128, num_kv_heads=2),
@@ -359,4 +401,9 @@ def cases() -> list[Case]:
     ):  # fmt: skip
         name = f"{bits} bits, {'codes, ' if codebook else ''}{group}, zeros {zeros}, {m} rows"
         add("int8 and int4 products", name, gemv, bits, group, zeros, m, codebook=codebook, small=m == 8)
+    for codes, group, m in ((FP8, 0, 1), (FP8, 128, 8), (INT8, 0, 5)):
+        name = f"{codes}, {'blocks' if group else 'rows'}, {m} rows"
+        add("products of 8 bits by rows", name, gemv_rows, codes, group, m, small=m == 8)
+    for codes in (FP8, INT8):
+        add("activations in 8 bits", str(codes), rounded, codes, small=codes == INT8)
     return found

@@ -88,7 +88,7 @@ PARTS = (
     Part("steps-8b", "steps", "decode graph and prefill of Llama-3.1-8B, launches per layer", 50, 25,
          ("cupy", "msgspec", "safetensors")),
     Part("steps-7b", "steps", "decode graph and prefill of Llama-2-7B", 45, 25, ("cupy", "msgspec", "safetensors")),
-    Part("steps-int", "steps", "the same of Llama-3.1-8B with int8 and int4 weights", 40, 20,
+    Part("steps-int", "steps", "the same of Llama-3.1-8B with int8, int4 and FP8 weights", 40, 20,
          ("cupy", "msgspec", "safetensors")),
     Part("engine", "engine", "the whole engine: tokens/s, first token, interference, GPU busy", 75, 35,
          ("cupy", *ENGINE)),

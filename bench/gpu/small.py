@@ -12,8 +12,9 @@ from gpu.cases import device_place
 from gpu.context import Context
 from gpu.plan import Row, rated, timed
 from gpu.timing import CudaTimer, Timer, free_bytes, l2_bytes, num_rotated
-from millrace.kernels import cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling
-from millrace.kernels.quantized import QuantizedWeight
+from millrace.kernels import cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling, ops
+from millrace.kernels.cuda_backend import CudaBackend
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 Work = Callable[[], object]
 BF16 = torch.bfloat16
@@ -118,6 +119,45 @@ def products(context: Context, place: Place, timer: Timer, n: int, k: int, l2: i
     context.row(rated(context.part.name, label, 2 * n * k / value / 1e9, "GB/s", context.roof().copy / 1e9))
 
 
+def products_of_8_bits(
+    context: Context, place: Place, timer: Timer, n: int, k: int, m: int, l2: int, free: int
+) -> None:
+    """FP8 and W8A8 beside 16 bits at the same shape: few rows against their bytes, `m` rows, whose activations are
+    rounded, against the rate of 16 bits; where torch has no such product the weights are widened, and the note says
+    so."""
+    part, roof = context.part.name, context.roof()
+    backend = CudaBackend(place.launcher, lambda: place.stream, max_seqs=1)
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8, device=place.device)
+    scales = torch.full((n, 1), 2.0**-8, device=place.device)
+    floats = Float8Weight((codes & 0xBF).view(torch.float8_e4m3fn), scales, k, is_w8a8=True)
+    integers = QuantizedWeight(codes, scales.half(), torch.full_like(scales, 128).half(), 8, is_w8a8=True)
+
+    def pack(kind: str) -> ops.PackedLinear:
+        if kind == "bf16":
+            return ops.pack_linear(_random(place, n, k), activation=BF16, backends=(backend,))
+        if kind == "fp8":
+            return ops.pack_float8(floats, activation=BF16, backends=(backend,))
+        return ops.pack_quantized(integers, activation=BF16, backends=(backend,))
+
+    for kind in ("bf16", "fp8", "int8"):
+        first = pack(kind)
+        packed = [first, *(pack(kind) for _ in range(num_rotated(first.weight_bytes, l2, free, 16) - 1))]
+        for rows in (1, 8, m):
+            x, out = _random(place, rows, k), _random(place, rows, n)
+            seconds = timer.seconds([lambda one=one, x=x, out=out: one(x, out) for one in packed])
+            label = f"{kind} by rows, {rows} x {k} x {n}"
+            if rows < m:
+                context.row(rated(part, label, first.weight_bytes / seconds / 1e9, "GB/s", roof.copy / 1e9))
+                continue
+            code = ("MR_CODE", kind)
+            is_rounded = any(
+                kernel.name == "mr_round_rows" and code in kernel.defines for kernel in backend.quantized_kernels
+            )
+            note = "" if kind == "bf16" else "8 bits by 8 bits" if is_rounded else "widened: torch has no such product"
+            rate = 2 * m * n * k / seconds / 1e12
+            context.row(rated(part, label, rate, "TFLOP/s", roof.gemm / 1e12, note=note))
+
+
 def copies(context: Context, place: Place, timer: Timer, layers: int, num_blocks: int) -> None:
     """Copy-on-write of 8 blocks in all layers, each read and written once."""
     pool = _random(place, layers, 2, num_blocks, 8, 16, 128)
@@ -181,5 +221,6 @@ def run(context: Context) -> None:
         sampling(context, place, timer, rows, 128_256, l2, free)
     products(context, place, timer, 4096, 4096, l2, free)
     products(context, place, timer, 14336, 4096, l2, free)
+    products_of_8_bits(context, place, timer, 14336, 4096, 2048, l2, free)
     copies(context, place, timer, 32, 256)
     launch_overhead(context, place, torch.cuda.synchronize)

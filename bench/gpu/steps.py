@@ -45,6 +45,7 @@ LOADS = {
     "steps-int": (
         Load("llama-3.1-8b", (1, 8), Quantization(method="int8")),
         Load("llama-3.1-8b", (1, 8), Quantization(method="int4")),
+        Load("llama-3.1-8b", (1, 8), Quantization(method="fp8")),
     ),
 }  # fmt: skip
 NEED = 12.0  # seconds that a further model takes to make and measure, at least

@@ -22,17 +22,13 @@
 // and refills one as it uses it: with 24 warps on an SM that is 36 or 48 KiB in flight, where about 32 KiB cover the
 // latency of H100's memory at full bandwidth. Work per 512 bytes of 4 bits (a warp's tile): about 75 instructions, 130 with a
 // codebook, of the 150 issue slots that the four schedulers have while the memory delivers them.
-#include "prelude.cuh"
+#include "gemv.cuh"
 
 constexpr i32 BITS = MR_BITS;      // 4 or 8
 constexpr i32 GROUPS = MR_GROUPS;  // scales per tile and row: 1, 2 or 4; 0: one scale per row of W, applied at the end
 constexpr bool ZEROS = MR_ZEROS != 0;
 constexpr bool CODEBOOK = MR_CODEBOOK != 0;
-constexpr i32 GEMV_THREADS = 256;
-constexpr i32 GEMV_WARPS = GEMV_THREADS / 32;
-constexpr i32 TILE_N = 16;
 constexpr i32 TILE_K = BITS == 4 ? 64 : 32;
-constexpr i32 MAX_ROWS = 8;
 constexpr bool NARROW = GROUPS * 16 == TILE_K;
 constexpr i32 SCALES = GROUPS == 0 ? 1 : GROUPS;
 constexpr i32 SCALE_WORDS = SCALES * (ZEROS ? 2 : 1);  // of a lane and tile
@@ -276,33 +272,8 @@ MR_DEVICE void multiply_tile(float (&sums)[4], const Matrix& w, const Tile& tile
     if constexpr (GROUPS == 1) part.scale_into(sums, tile, 0);
 }
 
-// The other splits' sums, in the order of the splits; true in the one thread block that arrives last.
-MR_DEVICE bool combine_splits(const GemvParams& p, float& sum) {
-    __shared__ bool is_last;
-    const i64 n_tiles = gridDim.x, stride = TILE_N * MAX_ROWS;
-    if (threadIdx.x < TILE_N * MAX_ROWS) {
-        p.partial[(blockIdx.y * n_tiles + blockIdx.x) * stride + threadIdx.x] = sum;
-        __threadfence();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(&p.arrivals[blockIdx.x], 1u) == gridDim.y - 1;
-        if (is_last) p.arrivals[blockIdx.x] = 0u;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return false;
-    if (threadIdx.x < TILE_N * MAX_ROWS) {
-        sum = 0.0f;
-        for (u32 split = 0; split < gridDim.y; split++)
-            sum += __ldcg(&p.partial[(split * n_tiles + blockIdx.x) * stride + threadIdx.x]);
-    }
-    return true;
-}
-
 // Grid: (n_tiles, splits).
 extern "C" __global__ void __launch_bounds__(GEMV_THREADS, MIN_CTAS) mr_gemv(GemvParams p) {
-    __shared__ float of_warp[GEMV_WARPS][MAX_ROWS][TILE_N + 1];
     const i32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const i32 begin = blockIdx.y * p.split_tiles + warp;
     const i32 end = min(static_cast<i32>(blockIdx.y + 1) * p.split_tiles, p.w.k_tiles);
@@ -327,24 +298,13 @@ extern "C" __global__ void __launch_bounds__(GEMV_THREADS, MIN_CTAS) mr_gemv(Gem
         }
     }
 
-    const i32 g = lane / 4, row = lane % 4 * 2;
-    of_warp[warp][row][g] = sums[0];
-    of_warp[warp][row + 1][g] = sums[1];
-    of_warp[warp][row][g + 8] = sums[2];
-    of_warp[warp][row + 1][g + 8] = sums[3];
-    __syncthreads();
-    const i32 place = threadIdx.x % TILE_N, out_row = threadIdx.x / TILE_N;
-    float sum = 0.0f;
-    if (threadIdx.x < TILE_N * MAX_ROWS) {
-#pragma unroll
-        for (i32 i = 0; i < GEMV_WARPS; i++) sum += of_warp[i][out_row][place];
-    }
-    if (gridDim.y > 1 && !combine_splits(p, sum)) return;
-    const i32 column = blockIdx.x * TILE_N + place;
-    if (out_row >= p.m || column >= p.w.n) return;
+    float sum;
+    if (!add_up(sums, p.partial, p.arrivals, sum)) return;
+    const i32 column = blockIdx.x * TILE_N + threadIdx.x % TILE_N, row = threadIdx.x / TILE_N;
+    if (row >= p.m || column >= p.w.n) return;
     if constexpr (GROUPS == 0) sum *= p.w.row_scales[column];
     if (p.bias != nullptr) sum += to_float(p.bias[column]);
-    p.y[out_row * p.y_stride + column] = from_float<MR_T>(sum);
+    p.y[row * p.y_stride + column] = from_float<MR_T>(sum);
 }
 
 struct DequantiseParams {

@@ -46,12 +46,6 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         """The same for a matrix that is in 8 bits or fewer already."""
         there = weight.to(self.device)
         if isinstance(there, Float8Weight):
-            if self.activation != torch.float32:
-                # No GPU kernel reads codes, and widening them in every step would take longer than it saves.
-                wide = torch.empty(there.codes.shape, dtype=self.activation, device=self.device)
-                return ops.pack_linear(
-                    widen_into(wide, there), bias, activation=self.activation, backends=self.backends
-                )
             return ops.pack_float8(there, bias, activation=self.activation, backends=self.backends)
         return ops.pack_quantized(there, bias, activation=self.activation, backends=self.backends)
 

@@ -39,10 +39,10 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
 
     def round(self, weight: Tensor, *, is_output: bool) -> QuantizedWeight | Float8Weight:
         """`weight` [out, in], rounded to the nearest. The matrix that gives the logits is not rounded to 4 bits but to
-        8: its errors go straight into the choice of a token. Where groups do not divide the inputs, smaller ones that
-        do are taken."""
+        8, and with FP8 its activations are left alone: its errors go straight into the choice of a token. Where groups
+        do not divide the inputs, smaller ones that do are taken."""
         if self.method == "fp8":
-            return round_to_float8(weight)
+            return round_to_float8(weight)._replace(is_w8a8=not is_output)
         inputs = weight.shape[1]
         group = math.gcd(inputs, self.group_size)
         if self.method == "int8" or is_output or group < _LEAST_GROUP:

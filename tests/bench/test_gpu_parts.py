@@ -120,7 +120,8 @@ def test_kernels_are_known_before_they_are_compiled() -> None:
     place = Place(NoLauncher(), "cpu", 0)
     found = kernels_of([case for case in cases() if case.small], place)
     assert {"mr_attention_decode", "mr_plan_decode", "mr_attention_prefill", "mr_rms_norm", "mr_rope_kv",
-            "mr_sample_scan", "mr_sample_draw", "mr_move_blocks", "mr_gemv"} <= {k.name for k in found}  # fmt: skip
+            "mr_sample_scan", "mr_sample_draw", "mr_move_blocks", "mr_gemv",
+            "mr_gemv_rows", "mr_round_rows"} <= {k.name for k in found}  # fmt: skip
     assert len(found) == len(set(found))
 
 
@@ -202,9 +203,10 @@ def test_the_other_kernels_on_the_shim(place: Place) -> None:
         small.elementwise(found, place, CallOnce(), 3, 512, 256, l2=1000, free=1 << 20)
         small.sampling(found, place, CallOnce(), 2, 300, l2=1000, free=1 << 20)
         small.products(found, place, CallOnce(), 32, 256, l2=1000, free=1 << 20)
+        small.products_of_8_bits(found, place, CallOnce(), 32, 256, 20, l2=1000, free=1 << 20)
         small.copies(found, place, CallOnce(), 2, 32)
         small.launch_overhead(found, place, lambda: None, repeats=10)
-        assert len(found.rows) == 3 + 4 + 7 + 1 + 2
+        assert len(found.rows) == 3 + 4 + 7 + 9 + 1 + 2
         assert not any(row.failed for row in found.rows)
 
     isolated(run)

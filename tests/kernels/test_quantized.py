@@ -145,6 +145,9 @@ def test_rows_stack_only_where_they_are_of_one_kind() -> None:
     assert both is not None
     assert torch.equal(both.widen(), torch.cat([one.widen(), other.widen()]))
     assert stack_rows([one]) is one
+    for marks in ((True, True), (True, False)):
+        joined = stack_rows([part._replace(is_w8a8=mark) for part, mark in zip((one, other), marks, strict=True)])
+        assert joined is not None and joined.is_w8a8 is all(marks)
     book = torch.arange(16).to(torch.int8)
     for unlike in (
         made(5, 64, 8, 32),

@@ -10,8 +10,8 @@ patterns ("re:..."), or "Linear". For a matrix [out, in] of b bits, by `format`:
     naive-quantized  as one of the last two
 
 with weight = scale * (q - zero), q and zero signed; packed ones are stored plus 2^(b - 1). Scales are [1] for strategy
-"tensor", [out, 1] for "channel", [out, in / g] for "group", and one for each block for "block". Activations are not
-rounded as the checkpoint says: the kernels round them in their own way, or not at all.
+"tensor", [out, 1] for "channel", [out, in / g] for "group", and one for each block for "block". That activations have 8
+bits as well is passed on (`is_w8a8`); how they are rounded is not: the kernels do it in their own way, or not at all.
 """
 
 import re
@@ -38,6 +38,7 @@ class Scheme(msgspec.Struct, frozen=True):
 
     Attributes:
         block: rows and columns that share a scale; 0 stands for all of them.
+        is_w8a8: weights and activations have 8 bits, of the same kind.
     """
 
     targets: tuple[str, ...]
@@ -46,6 +47,7 @@ class Scheme(msgspec.Struct, frozen=True):
     is_float: bool
     block: tuple[int, int]
     is_symmetric: bool
+    is_w8a8: bool
 
 
 class IntegerLayout(msgspec.Struct, frozen=True):
@@ -56,6 +58,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
         block: rows and columns that share a scale.
         zeros: safetensors type of the stored zeros: I8, or I32 where they are packed; None: all are 0.
         has_groups: weight_g_idx is stored, the group of each input.
+        is_w8a8: activations are meant to be integers of 8 bits, too.
     """
 
     matrix: Matrix
@@ -65,6 +68,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
     block: tuple[int, int]
     zeros: str | None
     has_groups: bool
+    is_w8a8: bool
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -103,7 +107,8 @@ class IntegerLayout(msgspec.Struct, frozen=True):
             q = q[:, order]
         scales = self._for_rows(stored.read("weight_scale").float())
         zeros = torch.full_like(scales, middle) + self._for_rows(self._zeros(stored))
-        return quantized(self.matrix, q, scales, zeros, self.bits, wide, order=order)
+        weight = quantized(self.matrix, q, scales, zeros, self.bits, wide, order=order)
+        return weight if isinstance(weight, Tensor) else weight._replace(is_w8a8=self.is_w8a8)
 
     def _zeros(self, stored: StoredMatrix) -> Tensor:
         if self.zeros is None:
@@ -197,7 +202,8 @@ def _layout(matrix: Matrix, scheme: Scheme, stored: StoredMatrix) -> IntegerLayo
     rows, columns = scheme.block[0] or outputs, scheme.block[1] or inputs
     if scheme.is_float:
         whole = scheme.block[1] == 0
-        return scaled_layout(matrix, stored, "weight_scale", None if whole else (rows, columns))
+        block = None if whole else (rows, columns)
+        return scaled_layout(matrix, stored, "weight_scale", block, is_w8a8=scheme.is_w8a8)
     groups = matrix.groups(columns)
     header = stored.header("weight_scale")
     shape: tuple[int, ...] = (-(-outputs // rows), groups)
@@ -211,6 +217,7 @@ def _layout(matrix: Matrix, scheme: Scheme, stored: StoredMatrix) -> IntegerLayo
         block=(rows, columns),
         zeros=_stored_zeros(scheme, stored),
         has_groups=stored.has("weight_g_idx"),
+        is_w8a8=scheme.is_w8a8,
     )
 
 
@@ -251,7 +258,15 @@ def _scheme(groups: ConfigReader, key: str, form: str | None) -> Scheme:
         if target != "Linear" and "." not in target and not target.startswith("re:") and target != "lm_head":
             group.refuse("targets", 'names of matrices, patterns ("re:...") or "Linear"')
     bits, is_float, block = _numbers(weights, own)
-    return Scheme(targets, own, bits, is_float, block, weights.flag("symmetric", True))
+    inputs = group.section("input_activations")
+    is_w8a8 = bits == 8 and inputs is not None and _are_alike(inputs, is_float)
+    return Scheme(targets, own, bits, is_float, block, weights.flag("symmetric", True), is_w8a8)
+
+
+def _are_alike(activations: ConfigReader, is_float: bool) -> bool:
+    """Whether activations have 8 bits and the kind of the weights."""
+    is_float_too = activations.one_of("type", ("int", "float"), "int") == "float"
+    return activations.integer("num_bits", 8) == 8 and is_float_too == is_float
 
 
 def _numbers(weights: ConfigReader, form: str) -> tuple[int, bool, tuple[int, int]]:

@@ -2,8 +2,9 @@
 
 For a matrix [out, in] the weight is `weight` [out, in] float8_e4m3fn times a scale: `weight_scale_inv` of DeepSeek V3
 (Liu et al. 2024) and what follows it, one for each block of 128 x 128 and in spite of its name a factor; or
-`weight_scale`, one for the matrix or for each output. Scales of activations (`activation_scheme` "static") are not
-needed: activations stay as they are.
+`weight_scale`, one for the matrix or for each output. Activations are meant to be rounded to FP8 as well
+(`Float8Weight.is_w8a8`); their scales (`activation_scheme` "static") are not needed: who rounds them finds one for each
+row.
 
 Blocks become scales for groups of inputs of each output.
 """
@@ -39,6 +40,7 @@ class Fp8Layout(msgspec.Struct, frozen=True):
     Attributes:
         scale: suffix of the tensor of scales.
         shape: of that tensor: as many scales as there are blocks of rows x columns.
+        is_w8a8: activations are meant to be FP8, too.
     """
 
     matrix: Matrix
@@ -46,6 +48,7 @@ class Fp8Layout(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     rows: int
     columns: int
+    is_w8a8: bool
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -63,7 +66,8 @@ class Fp8Layout(msgspec.Struct, frozen=True):
         codes = stored.read("weight").clone()  # what is in the file goes with it
         if bool((codes.view(torch.uint8) & 0x7F == 0x7F).any()):
             self.matrix.refuse("its weight is not a number somewhere: the checkpoint is damaged")
-        return Float8Weight(codes, scale.repeat_interleave(self.rows, 0)[:outputs].contiguous(), self.columns)
+        scales = scale.repeat_interleave(self.rows, 0)[:outputs].contiguous()
+        return Float8Weight(codes, scales, self.columns, self.is_w8a8)
 
     def describe(self, wide: torch.dtype) -> str:
         _, outputs, inputs = self.matrix
@@ -74,17 +78,19 @@ class Fp8Layout(msgspec.Struct, frozen=True):
         return f"E4M3, {scales}, packed"
 
 
-def scaled_layout(matrix: Matrix, stored: StoredMatrix, scale: str, block: tuple[int, int] | None) -> Fp8Layout:
+def scaled_layout(
+    matrix: Matrix, stored: StoredMatrix, scale: str, block: tuple[int, int] | None, *, is_w8a8: bool
+) -> Fp8Layout:
     """`block` is rows x columns; without one the stored shape tells whether each output has a scale."""
     _, outputs, inputs = matrix
     if block is not None:
         rows, columns = block
-        return Fp8Layout(matrix, scale, (-(-outputs // rows), -(-inputs // columns)), rows, columns)
+        return Fp8Layout(matrix, scale, (-(-outputs // rows), -(-inputs // columns)), rows, columns, is_w8a8)
     header = stored.header(scale)
     shape = (1,) if header is None else header.shape
     if shape in ((outputs,), (outputs, 1)) and outputs > 1:
-        return Fp8Layout(matrix, scale, shape, 1, inputs)
-    return Fp8Layout(matrix, scale, shape if shape in ((), (1,), (1, 1)) else (1,), outputs, inputs)
+        return Fp8Layout(matrix, scale, shape, 1, inputs, is_w8a8)
+    return Fp8Layout(matrix, scale, shape if shape in ((), (1,), (1, 1)) else (1,), outputs, inputs, is_w8a8)
 
 
 class Fp8Format:
@@ -114,7 +120,7 @@ class Fp8Format:
         header = stored.header("weight")
         if scale is None and header is not None and header.dtype in FLOATS:
             return None
-        return scaled_layout(matrix, stored, scale or _SCALES[self._block is None], self._block)
+        return scaled_layout(matrix, stored, scale or _SCALES[self._block is None], self._block, is_w8a8=True)
 
 
 def _block(config: ConfigReader, value: Any) -> tuple[int, int] | None:

@@ -255,7 +255,7 @@ def ragged(launcher: ShimLauncher) -> None:
     check_decode(launcher, SPECS["bf16"], RAGGED)
 
 
-KERNEL, SHARED = "attention_decode.cu", "attention.cuh"
+KERNEL, SHARED, EIGHT = "attention_decode.cu", "attention.cuh", "eight_bits.cuh"
 PLANTS = {
     "a stage is read before it has landed": (
         KERNEL,
@@ -302,8 +302,8 @@ PLANTS = {
         several_rounds,
     ),
     "value scales in the weights alone": (KERNEL, "w[i] * value_inverse[i]", "w[i]", quantised),
-    "e4m3 one binade off": (SHARED, "0x7b807b80u", "0x7b007b00u", quantised),
-    "signs of int8": (SHARED, "const u32 high = word >> 8;", "const u32 high = word >> 8 & 0x7fffffu;", quantised_f16),
+    "e4m3 one binade off": (EIGHT, "0x7b807b80u", "0x7b007b00u", quantised),
+    "signs of int8": (EIGHT, "const u32 high = word >> 8;", "const u32 high = word >> 8 & 0x7fffffu;", quantised_f16),
     "an odd last step": (
         KERNEL,
         "value_tile + lane % 16 * STRIDE + step * 16 + (two ? lane / 16 * 16 : 0)",

@@ -1,6 +1,7 @@
 """The engine on a real GPU: what the rest of this folder proves without one, on the device."""
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from checkpoints import (
 )
 from fakes import engine, greedy, submit
 
+from millrace.kernels import ops
+from millrace.kernels.cuda_backend import CudaBackend
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime import Runtime, SamplingParams
 from millrace.runtime.config import load_config
@@ -24,7 +27,7 @@ from millrace.runtime.cuda.driver import TorchDriver
 from millrace.runtime.cuda.start import on_lane
 from millrace.runtime.gpu import Gpu, open_gpu, placement, start_gpu
 from millrace.runtime.models.declaration import Placement
-from millrace.runtime.quant.rounding import Method, Quantization
+from millrace.runtime.quant.rounding import Method, Quantization, round_to_float8, round_to_nearest
 from millrace.runtime.weights.loader import load_model
 from millrace.runtime.world import AsyncioWorld
 
@@ -90,9 +93,11 @@ def test_logits_of_chunks_and_decode_steps(folder: Path) -> None:
     assert (torch.cat(parts).float().cpu() - want).abs().nan_to_num(nan=1e9).max() < TOLERANCE / 2
 
 
-@pytest.mark.parametrize("method", ["int8", "int4", "nf4"])
-def test_logits_of_rounded_weights(folder: Path, method: Method) -> None:
-    """The same integers in float32 on the CPU are the reference."""
+@pytest.mark.parametrize(("method", "worst"), [
+    ("int8", TOLERANCE / 2), ("int4", TOLERANCE / 2), ("nf4", TOLERANCE / 2), ("fp8", 0.5),
+])  # fmt: skip
+def test_logits_of_rounded_weights(folder: Path, method: Method, worst: float) -> None:
+    """The same weights in float32 on the CPU are the reference; a prompt's activations are rounded to FP8 as well."""
     gpu, rounded = opened(), Quantization(method=method, group_size=32)
     model = load_model(folder, placement=placement(gpu, load_config(None, CONFIG), torch.bfloat16, rounded))
     reference = load_model(folder, placement=Placement(quantize=rounded, backends=(TorchBackend(),)))
@@ -106,7 +111,44 @@ def test_logits_of_rounded_weights(folder: Path, method: Method) -> None:
             parts = [sequence.step({0: tokens[:40]})[0]]
             parts += [sequence.step({0: [token]}, is_decode=True)[0] for token in tokens[40:]]
             found.append(torch.cat(parts).float().cpu())
-    assert (found[0] - found[1]).abs().nan_to_num(nan=1e9).max() < TOLERANCE / 2
+    assert (found[0] - found[1]).abs().nan_to_num(nan=1e9).max() < worst
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["fp8", "fp8, blocks", "int8"])
+def test_products_of_8_bits(kind: str, dtype: torch.dtype, bias: bool) -> None:
+    """Of few and of many rows, in a graph too, against float64; and that torch multiplies 8 bits by 8 bits where it can
+    on this device."""
+    gpu = opened()
+    driver, device = gpu.driver, gpu.driver.device
+    backend = CudaBackend(gpu.launcher, driver.current, max_seqs=1)
+    wide = torch.randn(320, 512) * 0.05
+    weight: Any = round_to_nearest(wide, 8, None) if kind == "int8" else round_to_float8(wide)
+    if kind == "fp8, blocks":
+        weight = weight._replace(scales=torch.rand(320, 4) * 0.001 + 0.0005, group_size=128)
+    weight = weight._replace(is_w8a8=True)
+    added = torch.randn(320) if bias else None
+    driver.use(driver.stream(0))
+    pack: Any = ops.pack_quantized if kind == "int8" else ops.pack_float8
+    there = None if added is None else added.to(device)
+    packed = pack(weight.to(device), there, activation=dtype, backends=(backend,))
+    served = kind == "int8" or (kind == "fp8" and torch.cuda.get_device_capability(device) >= (8, 9))
+    names = {kernel.name for kernel in backend.quantized_kernels}
+    assert ("mr_round_rows" in names) is served
+    for rows in (1, 9, 16, 17, 64, 1000):
+        x = torch.randn(rows, 512).to(dtype)
+        on_device = x.to(device)
+        by_graph = torch.empty(rows, 320, dtype=dtype, device=device)
+        driver.settle()
+        eager = packed(on_device)
+        driver.drain()
+        driver.replay(driver.capture(partial(packed, on_device, by_graph), None))
+        driver.drain()
+        exact = x.double() @ weight.widen().double().t() + (0 if added is None else added.to(dtype).double())
+        tolerance = 0.005 if rows <= 16 or not served else 0.05 if kind == "fp8" else 0.02
+        for y in (eager, by_graph):
+            assert (y.double().cpu() - exact).norm() < tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -224,8 +224,6 @@ async def test_keys_are_of_16_bits_or_of_8_for_some_head_sizes(monkeypatch: pyte
     monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
     with pytest.raises(ConfigError, match=r"kv\.dtype is bfloat16, but on a GPU it must be auto"):
         await Runtime(kv__dtype="bfloat16").start()
-    with pytest.raises(ConfigError, match=r"model\.quantize is fp8, but on a GPU it must be none, int8"):
-        await Runtime(model__quantize="fp8").start()
     model: Any = LedgerModel()  # of a head size that no kernel has
     gpu, world = Gpu(FakeDriver(), launcher), AsyncioWorld()
     with pytest.raises(ConfigError, match=r"kv\.dtype is int8, .*head sizes of 32, 64, .* not 1: use auto"):
@@ -246,7 +244,7 @@ async def test_attention_in_torch_is_not_captured(shim: ShimLauncher) -> None:
     assert note.startswith("decode runs without CUDA graphs: torch computes the attention") and "not 24" in note
 
 
-@pytest.mark.parametrize(("graphs", "quantize"), [(True, "none"), (True, "int8"), (False, "none")])
+@pytest.mark.parametrize(("graphs", "quantize"), [(True, "none"), (True, "int8"), (True, "fp8"), (False, "none")])
 async def test_a_runtime_on_a_gpu(
     shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch, graphs: bool, quantize: str
 ) -> None:

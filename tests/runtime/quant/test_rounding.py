@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from millrace.runtime.quant.rounding import round_to_float8, round_to_nearest, round_to_nf4
+from millrace.runtime.quant.rounding import Quantization, round_to_float8, round_to_nearest, round_to_nf4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -48,6 +48,8 @@ def test_float8_is_off_by_a_sixteenth_at_most() -> None:
     assert made.codes.float().abs().amax(1).tolist() == [448.0 if row != 3 else 0.0 for row in range(40)]
     with pytest.raises(ValueError, match="not finite"):
         round_to_float8(torch.full((2, 8), torch.inf))
+    for is_output in (False, True):  # activations of the matrix that gives the logits stay as they are
+        assert Quantization(method="fp8").round(weight, is_output=is_output).is_w8a8 is not is_output
 
 
 def test_sizes_and_values_that_do_not_fit_are_refused() -> None:

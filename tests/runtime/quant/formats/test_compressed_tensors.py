@@ -122,6 +122,7 @@ FLOATS = {
     "tensor-static": scheme_of(inputs=STATIC_FP8, num_bits=8, type="float", strategy="tensor"),
     "tensor": scheme_of(inputs=DYNAMIC_FP8, num_bits=8, type="float", strategy="tensor"),
     "channel": scheme_of(inputs=DYNAMIC_FP8, num_bits=8, type="float", strategy="channel"),
+    "weights alone": scheme_of(num_bits=8, type="float", strategy="channel"),
     "block": scheme_of(inputs=DYNAMIC_FP8, num_bits=8, type="float", strategy="block", block_structure=[48, 32]),
 }
 
@@ -135,6 +136,7 @@ def test_integers_are_those_that_the_library_reads(name: str, tmp_path: Path) ->
     assert len(matrices) == 14
     for matrix, weight in matrices.items():
         assert isinstance(weight, QuantizedWeight), matrix
+        assert weight.is_w8a8 is name.startswith("w8a8")
         assert torch.equal(weight.widen(), want[f"{matrix}.weight"]), matrix
     logits_ = wanted_logits(pair)
     assert (logits(load_on_torch(pair.quantized)) - logits_).abs().max() < 2e-4
@@ -148,6 +150,7 @@ def test_fp8_weights_are_those_that_the_library_reads(name: str, scale_type: tor
     want = load_file(pair.plain / "model.safetensors")
     for matrix, weight in read_matrices(pair.quantized).items():
         assert isinstance(weight, Float8Weight)
+        assert weight.is_w8a8 is (name != "weights alone")
         assert torch.equal(weight.widen(), want[f"{matrix}.weight"]), matrix
     assert (logits(load_on_torch(pair.quantized)) - wanted_logits(pair)).abs().max() < 2e-4
     assert relative(logits(load_model(pair.quantized)), wanted_logits(pair)) < 0.01

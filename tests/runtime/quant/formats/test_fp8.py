@@ -85,6 +85,7 @@ def test_weights_and_logits(changes: dict[str, Any], convert: Any, described: st
     assert len(matrices) == 14
     for name, weight in matrices.items():
         assert isinstance(weight, Float8Weight)
+        assert weight.is_w8a8
         assert torch.equal(weight.widen(), want[f"{name}.weight"]), name
     logits_ = wanted_logits(pair)
     model = load_model(pair.quantized)
