@@ -14,7 +14,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
-from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, in_one_form, read_blocks, widen_blocks
+from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, read_blocks, widen_blocks
 from millrace.runtime.text.gguf_tokenizer import special_ids
 from millrace.runtime.weights.checkpoint import StoredTensor
 from millrace.runtime.weights.gguf_config import architecture, model_config
@@ -31,7 +31,6 @@ class _Names(NamedTuple):
     outside: Mapping[str, str]
     layer: str
     in_layer: Mapping[str, str]
-    joined: tuple[tuple[str, ...], ...] = ()  # matrices of a layer that the model makes one of
     turned: frozenset[str] = frozenset()  # stored [in, out] in Hugging Face checkpoints
 
 
@@ -51,7 +50,6 @@ _ROTARY_NAMES = _Names(
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     },
-    joined=(("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")),
 )
 _GPT2_NAMES = _Names(
     outside={
@@ -150,8 +148,7 @@ class GgufCheckpoint:
         if isinstance(weight, Tensor):
             match = _IN_LAYER.fullmatch(own)
             return weight.t() if match and self._is_turned(match) else weight
-        kinds = [BLOCK_TYPES[kind] for kind in self._kinds_joined(own) if kind in BLOCK_TYPES]
-        return in_one_form(weight, kinds)
+        return weight
 
     def read_any(self, name: str) -> Tensor:
         return self.read(name)  # no setting of GGUF makes a matrix of several tensors
@@ -163,8 +160,9 @@ class GgufCheckpoint:
     def is_quantized(self) -> bool:
         return any(tensor.kind in BLOCK_TYPES for tensor in self._stored.values())
 
-    def describe(self) -> str:
-        """How many tensors are of which type, and in which form they are computed with."""
+    def describe(self, wide: str) -> str:
+        """For people: how many tensors are of which type, and what becomes of them; `wide` is the type of widened
+        ones."""
         kinds = Counter(tensor.kind for tensor in self._stored.values())
         packed, plain = (
             [f"{count} tensors {kind}" for kind, count in kinds.most_common() if (kind in BLOCK_TYPES) is wanted]
@@ -173,7 +171,7 @@ class GgufCheckpoint:
         said = [f"{', '.join(packed)}, packed"] if packed else []
         table = self._stored["token_embd.weight"].kind
         if "output.weight" in self._stored and table in BLOCK_TYPES:
-            said.append("token_embd.weight widened to bfloat16")
+            said.append(f"token_embd.weight widened to {wide}")
         return f"GGUF: {'; '.join([*said, ', '.join(plain)] if plain else said)}"
 
     def _hub_name(self, name: str, match: re.Match[str] | None) -> str:
@@ -205,13 +203,3 @@ class GgufCheckpoint:
 
     def _damaged(self, own: str, error: ValueError) -> CheckpointError:
         return CheckpointError(f"{self._stored[own].file}: {own} is damaged: {error}")
-
-    def _kinds_joined(self, own: str) -> list[str]:
-        """The types of `own` and of the matrices that the model joins it with."""
-        match = _IN_LAYER.fullmatch(own)
-        if match is not None:
-            for parts in self._names.joined:
-                if match[2] in parts:
-                    names = (f"blk.{match[1]}.{part}.weight" for part in parts)
-                    return [self._stored[name].kind for name in names if name in self._stored]
-        return [self._stored[own].kind]

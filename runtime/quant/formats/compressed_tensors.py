@@ -133,7 +133,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
             self.matrix.refuse(f"weight_g_idx must name each group {columns} times: the checkpoint is damaged")
         return order
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         rows, columns = self.block
         groups = self.matrix.describe_groups(columns) if rows == 1 else f"blocks of {rows} x {columns}"
         if rows == self.matrix.out_features > 1:

@@ -65,7 +65,7 @@ class Fp8Layout(msgspec.Struct, frozen=True):
             self.matrix.refuse("its weight is not a number somewhere: the checkpoint is damaged")
         return Float8Weight(codes, scale.repeat_interleave(self.rows, 0)[:outputs].contiguous(), self.columns)
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         _, outputs, inputs = self.matrix
         scales = {
             (outputs, inputs): "one scale for each matrix",

@@ -123,9 +123,20 @@ def test_mixed_types_stay_packed(wide: Path, tmp_path: Path) -> None:
     mixed, exact = load_model(tmp_path / "packed.gguf"), load_model(tmp_path / "exact.gguf")
     table = 199 * 256 * 4  # looked up in, and kept in bfloat16 or float32
     assert mixed.weight_bytes - table < 0.35 * (exact.weight_bytes - table)
-    assert GgufCheckpoint(tmp_path / "packed.gguf").describe() == (
+    assert GgufCheckpoint(tmp_path / "packed.gguf").describe("bfloat16") == (
         "GGUF: 11 tensors Q4_K, 5 tensors Q6_K, packed; token_embd.weight widened to bfloat16; 5 tensors F32"
     )
+
+
+def test_what_no_kernel_reads_together_is_widened_and_said(wide: Path, tmp_path: Path) -> None:
+    held = write_gguf(wide, tmp_path / "packed.gguf", lambda name: "F16" if name == "blk.1.attn_v.weight" else "Q8_0")
+    write_gguf(wide, tmp_path / "exact.gguf", values=held)
+    assert_same_model(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        assert load_model(tmp_path / "packed.gguf", dtype=dtype).spec.weights == (
+            f"GGUF: 15 tensors Q8_0, packed; token_embd.weight widened to {dtype}; 5 tensors F32, 1 tensors F16; "
+            f"but widened to {dtype}: model.layers.1.self_attn.q_proj + k_proj + v_proj"
+        )
 
 
 def test_tied_and_untied_outputs(llama: Path, tmp_path: Path) -> None:
