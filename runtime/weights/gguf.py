@@ -134,6 +134,9 @@ class GgufCheckpoint:
                 values = widen_blocks(BLOCK_TYPES[tensor.kind], self._rows(own)).view(tensor.shape)
             except ValueError as error:
                 raise self._damaged(own, error) from None
+        order = self._order(own)
+        if order is not None and values.dim() == 1:  # the integers of a vector share blocks
+            return values[order]
         return values.t() if match and self._is_turned(match) else values
 
     def matrix(self, name: str) -> AnyWeight:
@@ -184,22 +187,24 @@ class GgufCheckpoint:
         return match[2] in self._names.turned and match[3] == "weight"
 
     def _rows(self, own: str) -> Tensor:
-        """The bytes of a tensor, row by row in the order of a Hugging Face checkpoint.
+        """The bytes of a tensor, those of a matrix row by row in the order of a Hugging Face checkpoint."""
+        rows = self._maps.rows(self._stored[own])
+        order = self._order(own)
+        return rows if order is None or len(self._stored[own].shape) == 1 else rows.index_select(0, order)
+
+    def _order(self, own: str) -> Tensor | None:
+        """Places in the file of the outputs, where they are not those of a Hugging Face checkpoint.
 
         The conversion of Llama turns the rows of each head of q and k from two halves into pairs, as ggml rotates.
         """
-        rows = self._maps.rows(self._stored[own])
         match = _IN_LAYER.fullmatch(own)
         if self._arch != "llama" or match is None or match[2] not in ("attn_q", "attn_k"):
-            return rows
+            return None
         heads = self._config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
-        count = self._stored[own].shape[-1 if match[3] == "bias" else 0]
+        count = self._stored[own].shape[0]
         if count % (2 * heads):
             raise CheckpointError(f"{self.path}: {own} has {count} outputs, which {heads} heads of pairs do not make")
-        order = torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten()
-        if match[3] == "bias":
-            return rows.view(count, -1).index_select(0, order).view(1, -1)
-        return rows.index_select(0, order)
+        return torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten()
 
     def _damaged(self, own: str, error: ValueError) -> CheckpointError:
         return CheckpointError(f"{self._stored[own].file}: {own} is damaged: {error}")

@@ -128,6 +128,18 @@ def test_mixed_types_stay_packed(wide: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_vectors_of_any_type(kind: str, tmp_path: Path) -> None:
+    """Norms and biases, of which those of q and k are turned as their rows are."""
+    sizes = {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1, "intermediate_size": 96}
+    folder = make_checkpoint("llama", tmp_path / "llama", **sizes)
+    held = write_gguf(folder, tmp_path / "narrow.gguf", vectors=kind)
+    write_gguf(folder, tmp_path / "wide.gguf", values=held)
+    narrow, wide = (logits(load_model(tmp_path / name, dtype="float32")) for name in ("narrow.gguf", "wide.gguf"))
+    assert torch.equal(narrow, wide)
+    assert far(narrow, logits(load_model(folder, dtype="float32"))) < 0.02
+
+
 def test_what_no_kernel_reads_together_is_widened_and_said(wide: Path, tmp_path: Path) -> None:
     held = write_gguf(wide, tmp_path / "packed.gguf", lambda name: "F16" if name == "blk.1.attn_v.weight" else "Q8_0")
     write_gguf(wide, tmp_path / "exact.gguf", values=held)
