@@ -123,9 +123,9 @@ def random_model(
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
 
 
-def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
+def gpu_dtype(path: Path | None, dtype: str, gguf: GgufCheckpoint | None = None) -> torch.dtype:
     """The type that a checkpoint is computed in on a GPU: "auto" keeps bfloat16 and float16, and takes bfloat16 for
-    float32 and where there is no checkpoint. Raises CheckpointError where it cannot be read, ConfigError for a dtype
+    float32 and where there is no checkpoint. `gguf` as in `load_model`. Raises CheckpointError where it cannot be read, ConfigError for a dtype
     that no GPU kernel has."""
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in known:
@@ -134,7 +134,7 @@ def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
         raise ConfigError(f"model.dtype is {dtype}, but on a GPU it must be auto, bfloat16 or float16", param="dtype")
     stored: set[str] = set()
     if path is not None:
-        files: CheckpointFiles = GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path)
+        files: CheckpointFiles = gguf or (GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path))
         stored = {tensor.dtype for tensor in files.tensors.values()}
     return torch.float16 if "F16" in stored and "BF16" not in stored else torch.bfloat16
 
