@@ -125,8 +125,8 @@ def random_model(
 
 def gpu_dtype(path: Path | None, dtype: str, gguf: GgufCheckpoint | None = None) -> torch.dtype:
     """The type that a checkpoint is computed in on a GPU: "auto" keeps bfloat16 and float16, and takes bfloat16 for
-    float32 and where there is no checkpoint. `gguf` as in `load_model`. Raises CheckpointError where it cannot be read, ConfigError for a dtype
-    that no GPU kernel has."""
+    float32 and where there is no checkpoint. `gguf` as in `load_model`. Raises CheckpointError where it cannot be read,
+    ConfigError for a dtype that no GPU kernel has."""
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in known:
         return known[dtype]
