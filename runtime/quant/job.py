@@ -39,8 +39,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         before, after: perplexity of the held-out text; after: with rounded weights, and activations as the format
             rounds them.
         scored: tokens of the held-out text that they are of.
-        windows, asked: windows of calibration text that were used, and that were asked for; None where the method looks
-            at none.
+        windows: of calibration text that were used; None where the method looks at none.
+        asked: windows that were wanted.
         bytes_before, bytes_after: of all tensors.
         layer_seconds: mean over the layers of this run, 0 where an earlier one had done them all.
         seconds: of this run.

@@ -86,9 +86,8 @@ def load_model(
     storage = _storage(dtype, placement)
     source = _CheckpointWeights(checkpoint, matched, storage, place, build)
     model = decl.build(source, length, progress or _silent)
-    wide = type_name(storage[torch.bfloat16])
-    stored = matched.describe(quantization) if gguf is None else gguf.describe(wide)
-    model.spec = _described(model.spec, f"{stored}{_widened(source.widened, wide)}{_rounding(place)}")
+    stored = matched.describe(quantization) if gguf is None else gguf.describe(type_name(storage[torch.bfloat16]))
+    model.spec = _described(model.spec, f"{stored}{_widened(source.widened)}{_rounding(place)}")
     return model
 
 
@@ -155,7 +154,7 @@ class _CheckpointWeights:
         self._checkpoint = checkpoint
         self._matched = matched
         self._storage = storage
-        self.widened: list[str] = []  # matrices that no kernel reads as they are stored
+        self.widened: dict[torch.dtype, list[str]] = {}  # matrices that no kernel reads as they are stored
 
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._matched.names[name])
@@ -163,7 +162,8 @@ class _CheckpointWeights:
     def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
         linear = make() if self._build is None else self._build.packed(names[0], make)
         if linear.dtype in self._storage and any(map(self._is_quantized, names)):
-            self.widened.append(" + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])]))
+            joined = " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+            self.widened.setdefault(linear.dtype, []).append(joined)
         return linear
 
     def _is_quantized(self, name: str) -> bool:
@@ -196,11 +196,12 @@ def _described(spec: ModelSpec, weights: str) -> ModelSpec:
     return msgspec.structs.replace(spec, weights=weights)
 
 
-def _widened(names: Sequence[str], wide: str) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"; but widened to {wide}: {', '.join(names[:_LISTED])}{more}"
+def _widened(found: Mapping[torch.dtype, Sequence[str]]) -> str:
+    text = ""
+    for dtype, names in found.items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        text += f"; but widened to {type_name(dtype)}: {', '.join(names[:_LISTED])}{more}"
+    return text
 
 
 def _rounding(place: Placement) -> str:
