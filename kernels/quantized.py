@@ -87,7 +87,8 @@ def widen_into(out: Tensor, weight: QuantizedWeight | Float8Weight) -> Tensor:
 
 
 def stack_rows(parts: Sequence[AnyWeight]) -> QuantizedWeight | Float8Weight | None:
-    """One matrix with the outputs of all; None where they are of several kinds, or of the plain one."""
+    """One matrix with the outputs of all, exactly; None where there is none such: parts of several kinds, of the plain
+    one, with other orders of the inputs, or in groups of which the smallest does not divide all."""
     eights = [part for part in parts if isinstance(part, Float8Weight)]
     if len(eights) == len(parts):
         return _stack_eights(eights)
@@ -106,18 +107,40 @@ def _stack_eights(parts: Sequence[Float8Weight]) -> Float8Weight | None:
 
 
 def _stack_integers(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.bits, part.group_size) != (first.bits, first.group_size):
-            return None
-        for mine, its in ((first.codebook, part.codebook), (first.order, part.order)):
-            if (mine is None) != (its is None) or (mine is not None and its is not None and not torch.equal(mine, its)):
-                return None
+    """Checkpoints of mixed types (GGUF's Q4_K_M, GPTQ with `dynamic`) give q, k and v different ones: the whole takes
+    the wider storage, the smaller groups, and a codebook only where all have the same."""
     if len(parts) == 1:
-        return first
-    return first._replace(
+        return parts[0]
+    if not _all_equal([part.codebook for part in parts]):
+        parts = [_without_codebook(part) for part in parts]
+    group = min(part.group_size for part in parts)
+    if not _all_equal([part.order for part in parts]) or any(part.group_size % group for part in parts):
+        return None
+    repeats = [part.group_size // group for part in parts]
+    scales, zeros = (
+        torch.cat([groups.repeat_interleave(count, 1) for groups, count in zip(all_groups, repeats, strict=True)])
+        for all_groups in ([part.scales for part in parts], [part.zeros for part in parts])
+    )
+    return parts[0]._replace(
         q=torch.cat([part.q for part in parts]),
-        scales=torch.cat([part.scales for part in parts]),
-        zeros=torch.cat([part.zeros for part in parts]),
+        scales=scales,
+        zeros=zeros,
+        bits=max(part.bits for part in parts),
         is_w8a8=all(part.is_w8a8 for part in parts),
     )
+
+
+def _all_equal(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all are the same, or all None."""
+    first = tensors[0]
+    return all(
+        tensor is None if first is None else tensor is not None and torch.equal(tensor, first) for tensor in tensors
+    )
+
+
+def _without_codebook(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same in 8 bits: the entries themselves, moved up by 128, with their zeros."""
+    if weight.codebook is None:
+        return weight
+    q = (weight.codebook.short() + 128).to(torch.uint8)[weight.q.int()]
+    return weight._replace(q=q, zeros=weight.zeros + 128, bits=8, codebook=None)

@@ -94,7 +94,7 @@ def load(
     dtype, place, rounded = config.model.dtype, None, _quantization(config)
     if gpu is not None:
         path = None if config.model.random_weights else found.path
-        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype), rounded)
+        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype, gguf), rounded)
     kv = _KV_DTYPES[config.kv.dtype]
     if config.model.random_weights:
         _build(config, found.path, gpu)  # which refuses one

@@ -70,11 +70,13 @@ def write_gguf(
     values: Mapping[str, np.ndarray] | None = None,
     split_max_tensors: int = 0,
     tokenizer: bool = False,
+    vectors: str = "F32",
 ) -> dict[str, np.ndarray]:
     """Writes a checkpoint as GGUF; returns its matrices as they are in the file, dequantised, by names in the file.
 
     Args:
-        kind_of: types of the matrices; vectors are F32 as in llama.cpp's files.
+        kind_of: types of the matrices.
+        vectors: type of all vectors, which is F32 in llama.cpp's own files.
         keys: replace the header's keys; None takes one out.
         drop: tensors that are left out.
         values: replace the checkpoint's, and may add to them.
@@ -92,7 +94,7 @@ def write_gguf(
     for name, wide in {**_tensors(folder, arch, config), **(values or {})}.items():
         if name in drop:
             continue
-        kind = kind_of(name) if wide.ndim == 2 else "F32"
+        kind = kind_of(name) if wide.ndim == 2 else vectors
         data = stored(wide, kind, seed=len(matrices))
         matrices[name] = gguf.quants.dequantize(data, GGMLQuantizationType[kind]) if kind != "F32" else wide
         writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])

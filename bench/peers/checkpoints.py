@@ -1,5 +1,9 @@
-"""Random checkpoints at the shapes of real models, and what each peer makes of them, kept in the cache."""
+"""Random checkpoints at the shapes of real models, and what each peer makes of them, kept in the cache.
 
+Beside each lies `<name>.recipe`, which tells what it was made by: where that has changed, it is made again.
+"""
+
+import hashlib
 import json
 import shutil
 import sys
@@ -9,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from millrace.runtime.weights.resolve import resolve_model
-from millrace.runtime.weights.synthetic import write_random_checkpoint
+from millrace.runtime.weights.synthetic import preset, write_random_checkpoint
 from peers.environments import Environment, OutOfTime, run
 
 HERE = Path(__file__).parent
+_SEED = 0
 SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b")
 
 
 def checkpoint(cache: Path, shape: str) -> Path:
     """A folder in Hugging Face layout: bfloat16 weights of seed 0, and a tokenizer with a word for every id."""
-    return _once(cache / "models" / shape / "checkpoint", lambda folder: _write_checkpoint(folder, shape))
+    recipe = _digest(preset(shape), _SEED, _file_digest(resolve_model().path / "tokenizer.json"))
+    return _once(cache / "models" / shape / "checkpoint", recipe, lambda folder: _write_checkpoint(folder, shape))
 
 
 def _write_checkpoint(folder: Path, shape: str) -> None:
-    write_random_checkpoint(folder, shape, seed=0, dtype="bfloat16")
+    write_random_checkpoint(folder, shape, seed=_SEED, dtype="bfloat16")
     source = resolve_model().path
     config = json.loads((folder / "config.json").read_text("utf-8"))
     lib = json.loads((source / "tokenizer.json").read_text("utf-8"))
@@ -49,11 +55,12 @@ def gguf(cache: Path, shape: str, kind: str, env: Environment, deadline: float) 
     """A GGUF file: F32 and BF16 by our converter, the rest rounded from F32 by llama.cpp itself."""
     out = cache / "models" / shape / f"{kind}.gguf"
     if kind in ("F32", "BF16"):
-        command = [sys.executable, str(HERE / "convert_gguf.py"), str(checkpoint(cache, shape))]
-        return _convert(out, env, deadline, lambda to: [*command, str(to), kind.lower()])
+        source = checkpoint(cache, shape)
+        command = [sys.executable, str(HERE / "convert_gguf.py"), str(source)]
+        return _convert(source, out, env, deadline, lambda to: [*command, str(to), kind.lower()])
     source = gguf(cache, shape, "F32", env, deadline)
     command = [env.python, str(HERE / "convert_quantized_gguf.py"), str(source)]
-    return _convert(out, env, deadline, lambda to: [*command, str(to), kind])
+    return _convert(source, out, env, deadline, lambda to: [*command, str(to), kind])
 
 
 def openvino(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
@@ -62,21 +69,22 @@ def openvino(cache: Path, shape: str, kind: str, env: Environment, deadline: flo
     options = {"int4": ["--weight-format", "int4", "--group-size", "128", "--ratio", "1.0"]}
     command = [str(env.folder / "bin" / "optimum-cli"), "export", "openvino", "--model", str(source), "--task",
                "text-generation-with-past", *options.get(kind, ["--weight-format", kind])]  # fmt: skip
-    return _convert(cache / "models" / shape / f"openvino-{kind}", env, deadline, lambda to: [*command, str(to)])
+    out = cache / "models" / shape / f"openvino-{kind}"
+    return _convert(source, out, env, deadline, lambda to: [*command, str(to)])
 
 
 def ctranslate2(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
-    command = [str(env.folder / "bin" / "ct2-transformers-converter"), "--model", str(checkpoint(cache, shape)),
+    source, out = checkpoint(cache, shape), cache / "models" / shape / f"ctranslate2-{kind}"
+    command = [str(env.folder / "bin" / "ct2-transformers-converter"), "--model", str(source),
                "--quantization", kind, "--force", "--output_dir"]  # fmt: skip
-    return _convert(cache / "models" / shape / f"ctranslate2-{kind}", env, deadline, lambda to: [*command, str(to)])
+    return _convert(source, out, env, deadline, lambda to: [*command, str(to)])
 
 
 def onnxruntime(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:
-    command = [env.python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint(cache, shape)), "-p", kind,
+    source, out = checkpoint(cache, shape), cache / "models" / shape / f"onnxruntime-genai-{kind}"
+    command = [env.python, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-p", kind,
                "-e", "cpu", "-c", str(cache / "hf"), "-o"]  # fmt: skip
-    return _convert(
-        cache / "models" / shape / f"onnxruntime-genai-{kind}", env, deadline, lambda to: [*command, str(to)]
-    )
+    return _convert(source, out, env, deadline, lambda to: [*command, str(to)])
 
 
 Converter = Callable[[Path, str, str, Environment, float], Path]
@@ -88,7 +96,9 @@ CONVERTERS: Mapping[str, Converter] = {
 }
 
 
-def _convert(out: Path, env: Environment, deadline: float, command: Callable[[Path], Sequence[str]]) -> Path:
+def _convert(
+    source: Path, out: Path, env: Environment, deadline: float, command: Callable[[Path], Sequence[str]]
+) -> Path:
     variables = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **env.variables}
 
     def make(to: Path) -> None:
@@ -96,17 +106,42 @@ def _convert(out: Path, env: Environment, deadline: float, command: Callable[[Pa
             raise OutOfTime(f"no time is left to make {out.name}")
         run(command(to), out.parent / f"convert-{out.name}.log", deadline, variables)
 
-    return _once(out, make)
+    # What the command says, wherever the cache and the interpreters lie, and scripts of our own by their text.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in command(out)[1:]]
+    scripts = [_file_digest(HERE / word) for word in words if word.endswith(".py")]
+    return _once(out, _digest(_recipe(source).read_text("utf-8"), env.version, words, scripts), make)
 
 
-def _once(out: Path, make: Callable[[Path], None]) -> Path:
-    """`out`, made under another name first, so that what has that name is whole."""
-    if not out.exists():
+def _once(out: Path, recipe: str, make: Callable[[Path], None]) -> Path:
+    """`out`, made under another name first, so that what has that name is whole; made anew for another recipe.
+
+    One without a note of its recipe is from before there were such notes, and taken for one of today's.
+    """
+    note = _recipe(out)
+    if not out.exists() or (note.is_file() and note.read_text("utf-8") != recipe):
         part = out.with_name(f"part-{out.name}")
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
+        _remove(part)
         part.parent.mkdir(parents=True, exist_ok=True)
         make(part)
+        _remove(out)
         part.rename(out)
+    note.write_text(recipe, "utf-8")
     return out
+
+
+def _recipe(out: Path) -> Path:
+    return out.with_name(f"{out.name}.recipe")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -23,6 +23,8 @@ class Watch(transformers.StoppingCriteria):
 def load(path: str, threads: int, dtype: str) -> tuple[Generate, Mapping[str, str]]:
     torch.set_num_threads(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    # No id ends a sequence. min_new_tokens would do that too, but costs a pass over the logits in every step.
+    model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]], new_tokens: int, tally: Tally) -> None:
@@ -32,7 +34,6 @@ def load(path: str, threads: int, dtype: str) -> tuple[Generate, Mapping[str, st
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             pad_token_id=0,
             stopping_criteria=transformers.StoppingCriteriaList([Watch(tally)]),
         )

@@ -3,7 +3,7 @@
 
 #include "common.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -45,8 +45,10 @@ static INLINE vu widen_shorts(const uint16_t* from) {
 static INLINE vf widen_halves(const void* from) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__F16C__)  // Ivy Bridge
+    return (vf)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from));
 #else
     return __builtin_convertvector(*(const halves_of_lanes*)from, vf);
 #endif

@@ -39,7 +39,7 @@ INLINE vi dot(vi sum, vi w, vi x) {
                                      _mm512_srai_epi16(_mm512_slli_epi16((__m512i)x, 8), 8));
     __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), _mm512_srai_epi16((__m512i)x, 8));
     return sum + (vi)even + (vi)odd;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)),
                                      _mm256_srai_epi16(_mm256_slli_epi16((__m256i)x, 8), 8));
     __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), _mm256_srai_epi16((__m256i)x, 8));
@@ -130,7 +130,7 @@ void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t*
 INLINE vi look_up(vi codebook, vi indices) {
 #if defined(__AVX512BW__)
     return (vi)_mm512_shuffle_epi8((__m512i)codebook, (__m512i)indices);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     return (vi)_mm256_shuffle_epi8((__m256i)codebook, (__m256i)indices);
 #else
     uint8_t book[VL * 4], bytes[VL * 4];

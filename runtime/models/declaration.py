@@ -5,7 +5,7 @@ cannot drift apart.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -59,8 +59,8 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
-    def packed(self, name: str, make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
-        """The matrix whose first part is `name`: what `make` packs, or the same from an earlier run."""
+    def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
+        """The matrix of the parts `names`: what `make` packs, or the same from an earlier run."""
 
     def matrix(self, name: str) -> AnyWeight:
         """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or in the 8 bits or fewer that it
@@ -121,7 +121,7 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
                 yield TensorDecl(f"{part.name}.bias", (part.out_features,))
 
     def load(self, source: WeightSource, *, is_output: bool = False) -> ops.PackedLinear:
-        return source.packed(self.parts[0].name, lambda: self._pack(source, is_output))
+        return source.packed([part.name for part in self.parts], lambda: self._pack(source, is_output))
 
     def _pack(self, source: WeightSource, is_output: bool) -> ops.PackedLinear:
         place = source.placement
@@ -167,7 +167,7 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
 
     def load_tied(self, source: WeightSource) -> ops.PackedLinear:
         """The table as the matrix that gives the logits; its rows are looked up there too."""
-        return source.packed(self.name, lambda: self._pack_tied(source))
+        return source.packed([self.name], lambda: self._pack_tied(source))
 
     def _pack_tied(self, source: WeightSource) -> ops.PackedLinear:
         stored = source.matrix(self.name)

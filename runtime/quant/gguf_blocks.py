@@ -87,23 +87,6 @@ def widen_blocks(kind: BlockType, data: Tensor) -> Tensor:
     return wide
 
 
-def in_one_form(weight: QuantizedWeight, kinds: Iterable[BlockType]) -> QuantizedWeight:
-    """`weight` in storage that all of `kinds` fit: more bits, smaller groups, no codebook. The values stay the same.
-
-    Files that mix types give the matrices that a model joins (q, k and v) different ones.
-    """
-    kinds = tuple(kinds)
-    mixed = len({kind.has_codebook for kind in kinds}) > 1
-    if mixed and weight.codebook is not None:
-        q = (weight.codebook.short() + 128).to(torch.uint8)[weight.q.int()]
-        weight = weight._replace(q=q, zeros=weight.zeros + 128, codebook=None)
-    repeats = weight.group_size // min(kind.group for kind in kinds)
-    if repeats > 1:
-        scales, zeros = (part.repeat_interleave(repeats, 1) for part in (weight.scales, weight.zeros))
-        weight = weight._replace(scales=scales, zeros=zeros)
-    return weight._replace(bits=8 if mixed else max(kind.bits for kind in kinds))
-
-
 def _unpacked(kind: BlockType, data: Tensor) -> Iterable[tuple[slice, _Blocks]]:
     """Slices of rows with their blocks, a few million weights at a time."""
     per_row = data.shape[1] // kind.nbytes

@@ -102,7 +102,7 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
             if not int(failed):
                 wide: Tensor = factor.float()
                 return wide
-    raise ValueError(f"the inputs' products have no factorisation with a damping of {100 * damping}: raise it")
+    raise ValueError(f"the products of its inputs have no factorisation, with a damping of {100 * damping} either")
 
 
 def _fit(weight: Tensor, importance: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:

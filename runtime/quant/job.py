@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from millrace.runtime.errors import CheckpointError
@@ -40,6 +39,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         before, after: perplexity of the held-out text; after: with rounded weights, and activations as the format
             rounds them.
         scored: tokens of the held-out text that they are of.
+        windows: of calibration text that were used; None where the method looks at none.
+        asked: windows that were wanted.
         bytes_before, bytes_after: of all tensors.
         layer_seconds: mean over the layers of this run, 0 where an earlier one had done them all.
         seconds: of this run.
@@ -50,6 +51,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     before: float
     after: float
     scored: int
+    windows: int | None
+    asked: int
     bytes_before: int
     bytes_after: int
     layer_seconds: float
@@ -66,6 +69,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         lines += [
             f"{name:<12}{before:>14}{after:>14}{ratio - 1:>+11.2%}  {note}" for name, before, after, ratio, note in rows
         ]
+        if self.windows is not None:
+            short = f" of {self.asked:,} that were asked for: the text is too short" * (self.windows < self.asked)
+            lines.append(f"{'calibration':<12}{self.windows:>12,} windows{short}")
         lines.append(f"{'time':<12}{self.layer_seconds:>12.1f} s a layer, {self.seconds:.1f} s in all")
         return "\n".join(lines)
 
@@ -74,11 +80,13 @@ class Job:
     """One checkpoint in the making."""
 
     def __init__(
-        self, source: Source, method: Method, texts: Texts, work: WorkFolder, progress: Progress | None
+        self, source: Source, method: Method, texts: Texts, asked: int, work: WorkFolder, progress: Progress | None
     ) -> None:
+        """`asked`: how many windows of calibration were wanted."""
         self._source = source
         self._method = method
         self._texts = texts
+        self._asked = asked
         self._work = work
         self._progress = progress or (lambda done, total: None)
         self._cos_sin = source.decl.rope.cos_sin(texts.held_out.ids.shape[1])
@@ -103,6 +111,8 @@ class Job:
             before=before,
             after=after,
             scored=scored,
+            windows=len(self._texts.calibration.ids) if self._method.calibrated else None,
+            asked=self._asked,
             bytes_before=self._source.stored_bytes,
             bytes_after=size,
             layer_seconds=sum(seconds) / len(seconds) if seconds else 0.0,
@@ -195,10 +205,9 @@ class Job:
         total = 0
         for number in range(1, len(source.layers) + 3):
             shard = self._shard(number)
-            with safe_open(work.shards / shard, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    weight_map[name] = shard
-                    total += opened.get_tensor(name).nbytes
+            for name, tensor in work.read(work.shards / shard).items():
+                weight_map[name] = shard
+                total += tensor.nbytes
         config = source.written_config()
         if self._method.is_half:
             # The key of transformers 5, and that of 4, which 5 reads too.

@@ -9,7 +9,7 @@ import msgspec
 from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
-from millrace.runtime.errors import ConfigError
+from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.quant import writer
 from millrace.runtime.quant.awq import quantize_awq_block
 from millrace.runtime.quant.blocks import Block, Input, InputStatistics
@@ -127,14 +127,20 @@ class Gptq(_Grouped, frozen=True, kw_only=True, tag="gptq"):
             # With the matrices before it rounded already, which then is part of what this one makes up for.
             seen = InputStatistics(block, of, x)
             for name in block.readers(of):
-                weight = quantize_gptq_weight(
-                    block.weights[name],
-                    seen.gram,
-                    bits=self.bits,
-                    group_size=self.group_size,
-                    sym=self.sym,
-                    desc_act=self.desc_act,
-                )
+                try:
+                    weight = quantize_gptq_weight(
+                        block.weights[name],
+                        seen.gram,
+                        bits=self.bits,
+                        group_size=self.group_size,
+                        sym=self.sym,
+                        desc_act=self.desc_act,
+                    )
+                except ValueError as error:
+                    raise CheckpointError(
+                        f"{name}: {error}. Give more calibration text or another one (samples, calibration), or use "
+                        "awq, which needs no factorisation, or int8"
+                    ) from None
                 rounded[name] = weight
                 block.weights[name] = weight.widen()
         return rounded

@@ -1,6 +1,7 @@
 """Quantised checkpoints, made from those in float32, bfloat16 or float16."""
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from millrace.runtime.quant.methods import METHODS, Method
 from millrace.runtime.quant.source import Source
 from millrace.runtime.quant.workfolder import WorkFolder, check_space, refuse_existing
 from millrace.runtime.weights.resolve import resolve_model
+
+_log = logging.getLogger(__name__)
 
 _GROUP = 128  # what published checkpoints have, where it divides the inputs
 _LEAST_GROUP = 16  # smaller ones cost more in scales than they save
@@ -115,7 +118,8 @@ def quantize(
         "model": source.digest(),
         "text": hashlib.sha256(b"".join(tensor.numpy().tobytes() for text in texts for tensor in text)).hexdigest(),
     }
-    return Job(source, chosen, texts, WorkFolder(output, manifest), progress).run(started)
+    job = Job(source, chosen, texts, samples, WorkFolder(output, manifest), progress)
+    return job.run(started)
 
 
 def _choose(name: str, source: Source, options: Mapping[str, Any]) -> Method:
@@ -192,6 +196,8 @@ def _texts(
             )
         if evaluation is None and used:
             used = min(used, count - max(1, count // 8))  # a short text keeps the same proportion
+        if method.calibrated and min(used, count) < samples:
+            _log.warning("samples is %d, but %s holds only %d windows for it", samples, path, min(used, count))
         own, others = read.rows(0, used), read.rows(used, count)
     if evaluation is not None:
         others = windows(reader.file(Path(evaluation).expanduser()), window, held)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class WorkFolder:
         if path.is_file() and not self.shards.is_dir():
             shutil.rmtree(self._folder)  # of a run that was killed after it had given the output its name
         if path.is_file():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), manifest)
+            self._compare(self._manifest(path), manifest)
         elif self._folder.exists():
             raise ConfigError(
                 f"{self._folder} is in the way: unfinished output is kept there. Remove it or name another output"
@@ -50,6 +51,18 @@ class WorkFolder:
             left.unlink()  # of a run that was killed in the middle of a file
         states = [int(state.stem.removeprefix("state-")) for state in self._folder.glob("state-*.safetensors")]
         self.layers_done = max(states, default=0)
+
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._unreadable(path, error) from None
+        return values
+
+    def _unreadable(self, path: Path, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{path}, of an earlier run, cannot be read ({error}): delete {self._folder}, and run again to start anew"
+        )
 
     def _compare(self, earlier: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
         changed = [
@@ -65,7 +78,14 @@ class WorkFolder:
 
     def state(self) -> dict[str, Tensor]:
         """The activations behind the last layer that is done."""
-        return load_file(self._state(self.layers_done))
+        return self.read(self._state(self.layers_done))
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a finished file. Raises CheckpointError where it is damaged."""
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(path, error) from None
 
     def finish_layer(self, shard: str, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Keeps a layer's tensors, and the activations that the next one reads."""
@@ -114,10 +134,17 @@ def _partial(output: Path) -> Path:
 def _replace_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     written = path.with_name(path.name + ".tmp")
     save_file(tensors, written, {"format": "pt"})
-    os.replace(written, path)
+    _rename(written, path)
 
 
 def _replace_text(path: Path, text: str) -> None:
     written = path.with_name(path.name + ".tmp")
     written.write_text(text + "\n", encoding="utf-8")
+    _rename(written, path)
+
+
+def _rename(written: Path, path: Path) -> None:
+    """With its bytes on the disk first: a name that came through a power cut stands for a whole file."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
     os.replace(written, path)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError
-from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, in_one_form, read_blocks, widen_blocks
+from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, read_blocks, widen_blocks
 from millrace.runtime.text.gguf_tokenizer import special_ids
 from millrace.runtime.weights.checkpoint import StoredTensor
 from millrace.runtime.weights.gguf_config import architecture, model_config
@@ -31,7 +31,6 @@ class _Names(NamedTuple):
     outside: Mapping[str, str]
     layer: str
     in_layer: Mapping[str, str]
-    joined: tuple[tuple[str, ...], ...] = ()  # matrices of a layer that the model makes one of
     turned: frozenset[str] = frozenset()  # stored [in, out] in Hugging Face checkpoints
 
 
@@ -51,7 +50,6 @@ _ROTARY_NAMES = _Names(
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
     },
-    joined=(("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")),
 )
 _GPT2_NAMES = _Names(
     outside={
@@ -136,6 +134,9 @@ class GgufCheckpoint:
                 values = widen_blocks(BLOCK_TYPES[tensor.kind], self._rows(own)).view(tensor.shape)
             except ValueError as error:
                 raise self._damaged(own, error) from None
+        order = self._order(own)
+        if order is not None and values.dim() == 1:  # the integers of a vector share blocks
+            return values[order]
         return values.t() if match and self._is_turned(match) else values
 
     def matrix(self, name: str) -> AnyWeight:
@@ -150,8 +151,7 @@ class GgufCheckpoint:
         if isinstance(weight, Tensor):
             match = _IN_LAYER.fullmatch(own)
             return weight.t() if match and self._is_turned(match) else weight
-        kinds = [BLOCK_TYPES[kind] for kind in self._kinds_joined(own) if kind in BLOCK_TYPES]
-        return in_one_form(weight, kinds)
+        return weight
 
     def read_any(self, name: str) -> Tensor:
         return self.read(name)  # no setting of GGUF makes a matrix of several tensors
@@ -163,8 +163,9 @@ class GgufCheckpoint:
     def is_quantized(self) -> bool:
         return any(tensor.kind in BLOCK_TYPES for tensor in self._stored.values())
 
-    def describe(self) -> str:
-        """How many tensors are of which type, and in which form they are computed with."""
+    def describe(self, wide: str) -> str:
+        """For people: how many tensors are of which type, and what becomes of them; `wide` is the type of widened
+        ones."""
         kinds = Counter(tensor.kind for tensor in self._stored.values())
         packed, plain = (
             [f"{count} tensors {kind}" for kind, count in kinds.most_common() if (kind in BLOCK_TYPES) is wanted]
@@ -173,7 +174,7 @@ class GgufCheckpoint:
         said = [f"{', '.join(packed)}, packed"] if packed else []
         table = self._stored["token_embd.weight"].kind
         if "output.weight" in self._stored and table in BLOCK_TYPES:
-            said.append("token_embd.weight widened to bfloat16")
+            said.append(f"token_embd.weight widened to {wide}")
         return f"GGUF: {'; '.join([*said, ', '.join(plain)] if plain else said)}"
 
     def _hub_name(self, name: str, match: re.Match[str] | None) -> str:
@@ -186,32 +187,24 @@ class GgufCheckpoint:
         return match[2] in self._names.turned and match[3] == "weight"
 
     def _rows(self, own: str) -> Tensor:
-        """The bytes of a tensor, row by row in the order of a Hugging Face checkpoint.
+        """The bytes of a tensor, those of a matrix row by row in the order of a Hugging Face checkpoint."""
+        rows = self._maps.rows(self._stored[own])
+        order = self._order(own)
+        return rows if order is None or len(self._stored[own].shape) == 1 else rows.index_select(0, order)
+
+    def _order(self, own: str) -> Tensor | None:
+        """Places in the file of the outputs, where they are not those of a Hugging Face checkpoint.
 
         The conversion of Llama turns the rows of each head of q and k from two halves into pairs, as ggml rotates.
         """
-        rows = self._maps.rows(self._stored[own])
         match = _IN_LAYER.fullmatch(own)
         if self._arch != "llama" or match is None or match[2] not in ("attn_q", "attn_k"):
-            return rows
+            return None
         heads = self._config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
-        count = self._stored[own].shape[-1 if match[3] == "bias" else 0]
+        count = self._stored[own].shape[0]
         if count % (2 * heads):
             raise CheckpointError(f"{self.path}: {own} has {count} outputs, which {heads} heads of pairs do not make")
-        order = torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten()
-        if match[3] == "bias":
-            return rows.view(count, -1).index_select(0, order).view(1, -1)
-        return rows.index_select(0, order)
+        return torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten()
 
     def _damaged(self, own: str, error: ValueError) -> CheckpointError:
         return CheckpointError(f"{self._stored[own].file}: {own} is damaged: {error}")
-
-    def _kinds_joined(self, own: str) -> list[str]:
-        """The types of `own` and of the matrices that the model joins it with."""
-        match = _IN_LAYER.fullmatch(own)
-        if match is not None:
-            for parts in self._names.joined:
-                if match[2] in parts:
-                    names = (f"blk.{match[1]}.{part}.weight" for part in parts)
-                    return [self._stored[name].kind for name in names if name in self._stored]
-        return [self._stored[own].kind]

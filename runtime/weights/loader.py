@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from millrace.kernels import ops
 from millrace.kernels.cpu_backend import CpuBackend
 from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.errors import CheckpointError, ConfigError
+from millrace.runtime.models.base import ModelSpec
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.models.decoder import DecoderDecl, DecoderModel
 from millrace.runtime.models.registry import declare
 from millrace.runtime.quant.formats import read_format
+from millrace.runtime.quant.formats.base import FLOATS, type_name
 from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.weights.build import Build
 from millrace.runtime.weights.checkpoint import Checkpoint, CheckpointFiles, read_config
@@ -25,6 +27,8 @@ from millrace.runtime.weights.gguf import GgufCheckpoint
 from millrace.runtime.weights.gguf_file import is_gguf
 from millrace.runtime.weights.matching import Matched, match
 from millrace.runtime.weights.synthetic import RandomWeights
+
+_LISTED = 4  # names in a description
 
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
 
@@ -81,9 +85,10 @@ def load_model(
     matched = match(decl, checkpoint, quantization, path)
     storage = _storage(dtype, placement)
     source = _CheckpointWeights(checkpoint, matched, storage, place, build)
-    stored = matched.describe(quantization, storage[torch.bfloat16]) if gguf is None else gguf.describe()
-    decl = _described(decl, stored + _rounding(place))
-    return decl.build(source, length, progress or _silent)
+    model = decl.build(source, length, progress or _silent)
+    stored = matched.describe(quantization) if gguf is None else gguf.describe(type_name(storage[torch.bfloat16]))
+    model.spec = _described(model.spec, f"{stored}{_widened(source.widened)}{_rounding(place)}")
+    return model
 
 
 def random_model(
@@ -109,17 +114,18 @@ def random_model(
             param="quantization_config",
         )
     place = placement or Placement(quantize=quantize, kv=kv)
-    decl = _described(declare(config), f"random{_rounding(place)}")
+    decl = declare(config)
+    decl = msgspec.structs.replace(decl, spec=_described(decl.spec, f"random{_rounding(place)}"))
     automatic = dtype == "auto" and placement is None
     stored = torch.float32 if automatic else _storage(dtype, placement)[torch.float32]
     source = RandomWeights(decl.tensors(), seed, stored, stored, place)
     return decl.build(source, _model_len(decl, max_model_len), progress or _silent)
 
 
-def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
+def gpu_dtype(path: Path | None, dtype: str, gguf: GgufCheckpoint | None = None) -> torch.dtype:
     """The type that a checkpoint is computed in on a GPU: "auto" keeps bfloat16 and float16, and takes bfloat16 for
-    float32 and where there is no checkpoint. Raises CheckpointError where it cannot be read, ConfigError for a dtype
-    that no GPU kernel has."""
+    float32 and where there is no checkpoint. `gguf` as in `load_model`. Raises CheckpointError where it cannot be read,
+    ConfigError for a dtype that no GPU kernel has."""
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype in known:
         return known[dtype]
@@ -127,7 +133,7 @@ def gpu_dtype(path: Path | None, dtype: str) -> torch.dtype:
         raise ConfigError(f"model.dtype is {dtype}, but on a GPU it must be auto, bfloat16 or float16", param="dtype")
     stored: set[str] = set()
     if path is not None:
-        files: CheckpointFiles = GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path)
+        files: CheckpointFiles = gguf or (GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path))
         stored = {tensor.dtype for tensor in files.tensors.values()}
     return torch.float16 if "F16" in stored and "BF16" not in stored else torch.bfloat16
 
@@ -148,12 +154,21 @@ class _CheckpointWeights:
         self._checkpoint = checkpoint
         self._matched = matched
         self._storage = storage
+        self.widened: dict[torch.dtype, list[str]] = {}  # matrices that no kernel reads as they are stored
 
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._matched.names[name])
 
-    def packed(self, name: str, make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
-        return make() if self._build is None else self._build.packed(name, make)
+    def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
+        linear = make() if self._build is None else self._build.packed(names[0], make)
+        if linear.dtype in self._storage and any(map(self._is_quantized, names)):
+            joined = " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+            self.widened.setdefault(linear.dtype, []).append(joined)
+        return linear
+
+    def _is_quantized(self, name: str) -> bool:
+        stored = self._matched.names.get(f"{name}.weight")
+        return stored is None or self._checkpoint.tensors[stored].dtype not in FLOATS
 
     def matrix(self, name: str) -> AnyWeight:
         quantized = self._matched.quantized.get(name)
@@ -177,8 +192,16 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _described(decl: DecoderDecl, weights: str) -> DecoderDecl:
-    return msgspec.structs.replace(decl, spec=msgspec.structs.replace(decl.spec, weights=weights))
+def _described(spec: ModelSpec, weights: str) -> ModelSpec:
+    return msgspec.structs.replace(spec, weights=weights)
+
+
+def _widened(found: Mapping[torch.dtype, Sequence[str]]) -> str:
+    text = ""
+    for dtype, names in found.items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        text += f"; but widened to {type_name(dtype)}: {', '.join(names[:_LISTED])}{more}"
+    return text
 
 
 def _rounding(place: Placement) -> str:

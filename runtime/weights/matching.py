@@ -38,12 +38,12 @@ class Matched(NamedTuple):
     quantized: Mapping[str, QuantizedMatrix]  # by the matrix's name, without ".weight"
     plain_types: Sequence[str]  # of linear maps that are not quantised
 
-    def describe(self, quantization: Format | None, wide: torch.dtype) -> str:
-        """For people: how the linear maps are stored, and what becomes of them; `wide` is the type of widened ones."""
+    def describe(self, quantization: Format | None) -> str:
+        """For people: how the linear maps are stored."""
         types = " and ".join(self.plain_types)
         if quantization is None:
             return types
-        layouts = sorted({matrix.layout.describe(wide) for matrix in self.quantized.values()})
+        layouts = sorted({matrix.layout.describe() for matrix in self.quantized.values()})
         return f"{quantization.name} {'; '.join(layouts)}" + (f"; others {types}" if types else "")
 
 

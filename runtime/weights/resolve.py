@@ -14,6 +14,7 @@ EMBEDDED = "grist"
 _EMBEDDED_PACKAGE = "millrace.runtime.assets.grist"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)[:/](?P<file>(?:[\w.-]+/)*[\w.-]+\.gguf)")
+_LISTED = 12  # names in one error message
 # Anchored at the top of the repository: some hold the same weights again in other formats and folders.
 _FETCHED = (
     "config.json",
@@ -51,7 +52,7 @@ def resolve_model(model: str | Path | None = None) -> ResolvedModel:
     Args:
         model: a folder, a GGUF file, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct; with a GGUF file behind it
             (owner/name:file.gguf, owner/name/folder/file.gguf) that file. None or "" is the embedded model.
-            A folder or file wins over a hub id of the same name. A folder without config.json may hold one GGUF model.
+            A folder or file wins over a hub id of the same name. A folder without safetensors may hold one GGUF model.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be fetched.
@@ -85,13 +86,13 @@ def _gguf(path: Path) -> ResolvedModel:
 
 
 def _gguf_in(folder: Path) -> Path | None:
-    """The one GGUF model of a folder that is no checkpoint in Hugging Face layout."""
-    if (folder / "config.json").is_file():
+    """The one GGUF model of a folder without weights in Hugging Face layout; config.json may lie beside it."""
+    if any(folder.glob("*.safetensors")):
         return None
     models = sorted({split_parts(path)[0] for path in folder.glob("*.gguf")})
     if len(models) > 1:
         raise CheckpointError(
-            f"{folder} holds several GGUF models: name one of {', '.join(path.name for path in models)}", param="model"
+            f"{folder} holds several GGUF models: name one of {', '.join(map(str, models))}", param="model"
         )
     return models[0] if models else None
 
@@ -108,7 +109,25 @@ def _embedded() -> ResolvedModel:
 
 
 def _fetch(name: str) -> Path:
-    return _from_hub(name, _FETCHED)
+    folder = _from_hub(name, _FETCHED)
+    if not any(folder.glob("*.safetensors")) and (files := _gguf_on_hub(name)):
+        more = f" and {len(files) - _LISTED} more" if len(files) > _LISTED else ""
+        raise CheckpointError(
+            f"{name} on the hub holds GGUF files and no safetensors: name one of {', '.join(files[:_LISTED])}{more}",
+            param="model",
+        )
+    return folder
+
+
+def _gguf_on_hub(name: str) -> list[str]:
+    """What to write for each GGUF model of a repository, the first file of a split one."""
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.list_repo_files(name)
+    except Exception:  # of the network and of the hub: it is asked for the sake of a message
+        return []
+    return sorted({f"{name}:{split_parts(Path(file))[0].as_posix()}" for file in files if file.endswith(".gguf")})
 
 
 def _fetch_gguf(name: str, file: str) -> Path:

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -171,7 +171,7 @@ class RandomWeights:
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         return torch.empty(decl.shape, device=device).normal_(0.0, _STD, generator=generator).to(self._stored)
 
-    def packed(self, name: str, make: Callable[[], PackedLinear]) -> PackedLinear:
+    def packed(self, names: Sequence[str], make: Callable[[], PackedLinear]) -> PackedLinear:
         return make()
 
     def matrix(self, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """bench/peers_cpu.py without any peer: protocol, turns, ratios, environments, the GGUF that our converter writes."""
 
+import importlib
 import json
 import sys
 import time
@@ -10,11 +11,12 @@ from typing import Any
 import peers_cpu
 import pytest
 import torch
-from peers import environments, table
+from checkpoints import make_checkpoint
+from peers import checkpoints, environments, table
 from peers.checkpoints import widen_vocabulary
 from peers.convert_gguf import convert, interleave, llama3_factors
 from peers.engines import ENGINES, MILLRACE, PEERS, Engine, chosen
-from peers.environments import NotBuilt, OutOfTime, Recipe, build, last_error, run
+from peers.environments import Environment, NotBuilt, OutOfTime, Recipe, build, last_error, run
 from peers.http_part import IN_PROCESS, LLAMA_SERVER, MILLRACE_SERVER, Streams, http_ratios, measure_http
 from peers.measure import LOADS, Load, Samples, fit_together, measure, turns
 from peers.protocol import Tally
@@ -332,6 +334,44 @@ def test_a_command_has_its_time(tmp_path: Path) -> None:
     assert last_error("a\nerror: b\n  c\n") == "error: b"
     assert last_error("  OSError: full\nnote: see above\nerror: pip failed\n") == "OSError: full"
     assert last_error("c\n") == "c" and last_error("") == "nothing was printed"
+
+
+def test_models_are_made_again_where_their_recipe_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts, shape = tmp_path / "scripts", "qwen2.5-0.5b"
+    scripts.mkdir()
+    for name in ("convert_gguf.py", "convert_quantized_gguf.py"):
+        (scripts / name).write_text("import sys; open(sys.argv[2], 'x').write(open(sys.argv[1]).read() + sys.argv[3])")
+    monkeypatch.setattr(checkpoints, "HERE", scripts)
+    monkeypatch.setattr(checkpoints, "_write_checkpoint", lambda path, shape: path.write_text("model "))
+
+    def made(version: str = "1") -> str:
+        env = Environment(Path(sys.prefix), {}, version)
+        return checkpoints.gguf(tmp_path, shape, "Q8_0", env, time.monotonic() + 60).read_text()
+
+    folder = tmp_path / "models" / shape
+    assert made() == "model f32Q8_0"
+    (folder / "Q8_0.gguf").write_text("kept")
+    assert made() == "kept"
+    assert made("2") == "model f32Q8_0"  # of another release of the peer
+    for note in folder.glob("*.recipe"):
+        note.unlink()
+    (folder / "Q8_0.gguf").write_text("from before there were notes")
+    assert made("2") == "from before there were notes"
+    (scripts / "convert_gguf.py").write_text("import sys; open(sys.argv[2], 'x').write('changed ')")
+    assert made("2") == "changed Q8_0"
+    monkeypatch.setattr(checkpoints, "_SEED", 1)
+    monkeypatch.setattr(checkpoints, "_write_checkpoint", lambda path, shape: path.write_text("other "))
+    (scripts / "convert_gguf.py").write_text("import sys; open(sys.argv[2], 'x').write(open(sys.argv[1]).read())")
+    assert made("2") == "other Q8_0"
+
+
+def test_no_id_ends_a_sequence_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint("qwen2", tmp_path / "model", eos_token_id=list(range(199)))
+    monkeypatch.syspath_prepend(str(Path(checkpoints.__file__).parent))
+    generate, _ = importlib.import_module("run_transformers").load(str(folder), 1, "float32")
+    tally = Tally(2)
+    generate([[5, 6, 7], [8, 9, 10]], 6, tally)
+    assert [len(ids) for ids in tally.ids] == [6, 6]
 
 
 def gguf_of(folder: Path, shape: dict[str, Any], kind: str) -> tuple[Any, dict[str, torch.Tensor]]:

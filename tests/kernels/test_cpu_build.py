@@ -1,6 +1,8 @@
 """Building the C++ library once, finding it again, and doing without."""
 
 import os
+import platform
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,20 @@ def test_the_second_build_and_every_load_run_no_compiler(tmp_path: Path) -> None
 def test_other_flags_are_another_library(tmp_path: Path) -> None:
     one, two = (Toolchain(compiler=None, cache_dir=tmp_path, flags=[flag]) for flag in ("-O1", "-O2"))
     assert one.folder() != two.folder()
+
+
+@pytest.mark.parametrize("target", ["x86-64", "ivybridge", "haswell", "knl", "skylake-avx512", "icelake-server"])
+def test_every_combination_of_instructions_compiles(target: str) -> None:
+    """Ivy Bridge has F16C without AVX2, Knights Landing AVX-512 without its byte instructions."""
+    compiler = cpu_build.find_compiler()
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("no C++ compiler for x86-64")
+    flags = [flag.replace("native", target) for flag in FAST]
+    sources = [cpu_build.SOURCE_DIR / name for name in ("linear.cpp", "quantized.cpp")]  # they include convert.h
+    done = subprocess.run([compiler, *flags, "-fsyntax-only", *sources], capture_output=True, text=True)
+    if "-march" in done.stderr:
+        pytest.skip(f"this compiler does not know {target}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_builders_at_the_same_time_agree(tmp_path: Path) -> None:

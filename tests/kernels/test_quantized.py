@@ -139,7 +139,7 @@ def test_codebooks_and_orders_of_the_inputs(backend: Backend, codebook: bool, or
         np.testing.assert_allclose(linear(x).numpy(), expected, rtol=0, atol=tolerance)
 
 
-def test_rows_stack_only_where_they_are_of_one_kind() -> None:
+def test_rows_stack_where_one_form_holds_them_all() -> None:
     one, other = made(8, 64, 4, 32), made(5, 64, 4, 32)
     both = stack_rows([one, other])
     assert both is not None
@@ -147,16 +147,27 @@ def test_rows_stack_only_where_they_are_of_one_kind() -> None:
     assert stack_rows([one]) is one
     for marks in ((True, True), (True, False)):
         joined = stack_rows([part._replace(is_w8a8=mark) for part, mark in zip((one, other), marks, strict=True)])
-        assert joined is not None and joined.is_w8a8 is all(marks)
-    book = torch.arange(16).to(torch.int8)
-    for unlike in (
-        made(5, 64, 8, 32),
-        made(5, 64, 4, 16),
-        other._replace(codebook=book),
-        other._replace(order=torch.arange(64)),
+        assert isinstance(joined, QuantizedWeight) and joined.is_w8a8 is all(marks)
+    book = torch.arange(-120, 120, 15).to(torch.int8)
+    with_book = one._replace(codebook=book)
+    for first, second, bits, group in (
+        (one, made(5, 64, 8, 32), 8, 32),
+        (one, made(5, 64, 4, 16), 4, 16),
+        (made(5, 64, 8, 64), one, 8, 32),
+        (with_book, other._replace(codebook=book), 4, 32),
+        (one, other._replace(codebook=book), 8, 32),
+        (with_book, other._replace(codebook=book.flip(0)), 8, 32),
     ):
-        assert stack_rows([one, unlike]) is None
-    assert stack_rows([one._replace(codebook=book), other._replace(codebook=book.flip(0))]) is None
+        joined = stack_rows([first, second])
+        assert isinstance(joined, QuantizedWeight)
+        assert torch.equal(joined.widen(), torch.cat([first.widen(), second.widen()]))
+        assert (joined.bits, joined.group_size) == (bits, group)
+        ops.pack_quantized(joined)
+    ordered = other._replace(order=torch.randperm(64))
+    assert stack_rows([one, ordered]) is None
+    assert stack_rows([ordered, other._replace(order=ordered.order.flip(0))]) is None
+    assert stack_rows([made(3, 96, 4, 32), made(3, 96, 4, 48)]) is None
+    assert stack_rows([one, one.widen()]) is None
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,12 +1,20 @@
 """A GGUF file is a model: given to the runtime by its name, with nothing beside it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from cuda_fakes import FakeDriver
 from gguf_files import write_gguf
 
 from millrace.runtime import ChatMessage, Runtime, SamplingParams
 from millrace.runtime.cli import main
+from millrace.runtime.config import load_config
+from millrace.runtime.gpu import Gpu
+from millrace.runtime.loading import load
+from millrace.runtime.weights.gguf_file import Gguf, read_gguf
 from millrace.runtime.weights.resolve import resolve_model
 
 
@@ -43,3 +51,19 @@ def test_inspect_says_how_it_is_stored(grist: Path, capsys: pytest.CaptureFixtur
     assert "GGUF: 36 tensors Q8_0, packed; 11 tensors F32" in capsys.readouterr().err
     assert main(["inspect", str(grist), "--quantize", "int4"]) == 2
     assert "quantised already (GGUF)" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_header_is_read_once(grist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds for a large vocabulary; on a GPU its types are asked for before the model is loaded."""
+    read: list[Path] = []
+
+    def counted(path: Path) -> Gguf:
+        read.append(path)
+        return read_gguf(path)
+
+    monkeypatch.setattr("millrace.runtime.weights.gguf.read_gguf", counted)
+    launcher: Any = SimpleNamespace(device_type="cpu", sm_count=4, shared_bytes_per_sm=1 << 16)
+    gpu = Gpu(FakeDriver(), launcher)
+    loaded = load(load_config(None, {"model.path": str(grist)}), gpu=gpu)
+    assert loaded.model.dtype == torch.bfloat16
+    assert read == [grist]

@@ -55,7 +55,7 @@ class AwqLayout(msgspec.Struct, frozen=True):
         q, zeros = unpack_columns(stored.read("qweight")), unpack_columns(stored.read("qzeros"))
         return quantized(self.matrix, q, stored.read("scales").t(), zeros, 4, wide)
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         return f"4 bits, {self.matrix.describe_groups(self.group_size)}, packed"
 
 

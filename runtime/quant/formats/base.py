@@ -73,8 +73,8 @@ class Layout(Protocol):
         Raises CheckpointError for contents that no such matrix can have.
         """
 
-    def describe(self, wide: torch.dtype) -> str:
-        """For people: bits, groups, and whether it stays packed."""
+    def describe(self) -> str:
+        """For people: bits, groups, and whether it can stay packed."""
 
 
 class Format(Protocol):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
-from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed, type_name
+from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed
 from millrace.runtime.quant.formats.packing import quantized
 
 _BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # that bnb_4bit_quant_storage may have
@@ -114,9 +114,8 @@ class FourBitLayout(msgspec.Struct, frozen=True):
         scales = stored.read("weight.nested_absmax")[torch.arange(len(values)) // self.nested]
         return values * scales + self.offset
 
-    def describe(self, wide: torch.dtype) -> str:
-        kept = "packed" if self.is_packed else f"widened to {type_name(wide)} at load"
-        return f"{self.kind.upper()}, blocks of {self.block}, {kept}"
+    def describe(self) -> str:
+        return f"{self.kind.upper()}, blocks of {self.block}{', packed' if self.is_packed else ''}"
 
 
 class EightBitLayout(msgspec.Struct, frozen=True):
@@ -138,7 +137,7 @@ class EightBitLayout(msgspec.Struct, frozen=True):
         scales = stored.read("SCB").float().view(-1, 1) / 127
         return quantized(self.matrix, q, scales, torch.full_like(scales, 128), 8, wide)
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         return "8 bits, one scale for each output, packed"
 
 

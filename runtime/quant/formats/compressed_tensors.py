@@ -4,7 +4,8 @@
 patterns ("re:..."), or "Linear". For a matrix [out, in] of b bits, by `format`:
 
     pack-quantized   weight_packed [out, ceil(in * b / 32)] int32, weight_shape [2], weight_scale, and maybe
-                     weight_zero_point (int8, or int32 packed along the outputs) and weight_g_idx [in]
+                     weight_zero_point (int8, or int32 packed along the outputs) and weight_g_idx [in]; until pull
+                     request 732 of the library (June 2026) [out, ceil(in / (32 // b))], no integer crossing words
     int-quantized    weight [out, in] int8, weight_scale, and maybe weight_zero_point int8
     float-quantized  weight [out, in] float8_e4m3fn, weight_scale
     naive-quantized  as one of the last two
@@ -26,7 +27,7 @@ from millrace.kernels.quantized import AnyWeight
 from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.quant.formats.base import FLOATS, Layout, Matrix, Part, StoredMatrix, compiled
 from millrace.runtime.quant.formats.fp8 import UNUSED_SCALES, Fp8Layout, scaled_layout
-from millrace.runtime.quant.formats.packing import quantized, unpack_rows
+from millrace.runtime.quant.formats.packing import quantized, unpack_rows, unpack_whole_words
 
 _PACKED = "pack-quantized"
 _FORMATS = (_PACKED, "int-quantized", "float-quantized", "naive-quantized")
@@ -59,6 +60,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
         zeros: safetensors type of the stored zeros: I8, or I32 where they are packed; None: all are 0.
         has_groups: weight_g_idx is stored, the group of each input.
         is_w8a8: activations are meant to be integers of 8 bits, too.
+        has_gaps: packed integers do not cross words, as old releases packed those of 3, 5, 6 and 7 bits.
     """
 
     matrix: Matrix
@@ -69,20 +71,22 @@ class IntegerLayout(msgspec.Struct, frozen=True):
     zeros: str | None
     has_groups: bool
     is_w8a8: bool
+    has_gaps: bool
 
     @property
     def parts(self) -> Sequence[Part]:
         _, outputs, inputs = self.matrix
         if self.is_packed:
             parts = [
-                Part("weight_packed", (outputs, -(-inputs * self.bits // 32)), ("I32",)),
+                Part("weight_packed", (outputs, _words(inputs, self.bits, self.has_gaps)), ("I32",)),
                 Part("weight_shape", (2,), ("I64", "I32")),
             ]
         else:
             parts = [Part("weight", (outputs, inputs), ("I8",))]
         parts.append(Part("weight_scale", self.scales, FLOATS))
         if self.zeros == "I32":
-            parts.append(Part("weight_zero_point", (-(-outputs * self.bits // 32), self.scales[-1]), ("I32",)))
+            words = _words(outputs, self.bits, self.has_gaps)
+            parts.append(Part("weight_zero_point", (words, self.scales[-1]), ("I32",)))
         elif self.zeros is not None:
             parts.append(Part("weight_zero_point", self.scales, ("I8",)))
         if self.has_groups:
@@ -96,7 +100,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
             shape = stored.read("weight_shape").tolist()
             if shape != [outputs, inputs]:
                 self.matrix.refuse(f"weight_shape is {shape}, but it must be {[outputs, inputs]}")
-            q = unpack_rows(stored.read("weight_packed"), self.bits, inputs)
+            q = self._unpacked(stored.read("weight_packed"), inputs)
         else:
             signed = stored.read("weight")
             if self.bits < 8 and not bool(((signed >= -middle) & (signed < middle)).all()):
@@ -110,6 +114,9 @@ class IntegerLayout(msgspec.Struct, frozen=True):
         weight = quantized(self.matrix, q, scales, zeros, self.bits, wide, order=order)
         return weight if isinstance(weight, Tensor) else weight._replace(is_w8a8=self.is_w8a8)
 
+    def _unpacked(self, words: Tensor, count: int) -> Tensor:
+        return (unpack_whole_words if self.has_gaps else unpack_rows)(words, self.bits, count)
+
     def _zeros(self, stored: StoredMatrix) -> Tensor:
         if self.zeros is None:
             return torch.zeros(self.scales)
@@ -117,7 +124,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
         if self.zeros == "I8":
             return values.float()
         # Its outputs follow each other down the words, in one column for each group.
-        packed = unpack_rows(values.t(), self.bits, self.matrix.out_features)
+        packed = self._unpacked(values.t(), self.matrix.out_features)
         return packed.t().float() - (1 << (self.bits - 1))
 
     def _for_rows(self, values: Tensor) -> Tensor:
@@ -138,7 +145,7 @@ class IntegerLayout(msgspec.Struct, frozen=True):
             self.matrix.refuse(f"weight_g_idx must name each group {columns} times: the checkpoint is damaged")
         return order
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         rows, columns = self.block
         groups = self.matrix.describe_groups(columns) if rows == 1 else f"blocks of {rows} x {columns}"
         if rows == self.matrix.out_features > 1:
@@ -218,7 +225,20 @@ def _layout(matrix: Matrix, scheme: Scheme, stored: StoredMatrix) -> IntegerLayo
         zeros=_stored_zeros(scheme, stored),
         has_groups=stored.has("weight_g_idx"),
         is_w8a8=scheme.is_w8a8,
+        has_gaps=scheme.form == _PACKED and _has_gaps(matrix, scheme.bits, stored),
     )
+
+
+def _words(count: int, bits: int, has_gaps: bool) -> int:
+    """Of 32 bits, for `count` integers."""
+    return -(-count // (32 // bits)) if has_gaps else -(-count * bits // 32)
+
+
+def _has_gaps(matrix: Matrix, bits: int, stored: StoredMatrix) -> bool:
+    """By the number of words, which differs from 32 inputs on."""
+    header = stored.header("weight_packed")
+    dense, gapped = (_words(matrix.in_features, bits, has_gaps) for has_gaps in (False, True))
+    return header is not None and dense != gapped and header.shape[-1:] == (gapped,)
 
 
 def _stored_zeros(scheme: Scheme, stored: StoredMatrix) -> str | None:

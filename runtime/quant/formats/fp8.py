@@ -69,7 +69,7 @@ class Fp8Layout(msgspec.Struct, frozen=True):
         scales = scale.repeat_interleave(self.rows, 0)[:outputs].contiguous()
         return Float8Weight(codes, scales, self.columns, self.is_w8a8)
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         _, outputs, inputs = self.matrix
         scales = {
             (outputs, inputs): "one scale for each matrix",

@@ -79,7 +79,7 @@ class GptqLayout(msgspec.Struct, frozen=True):
             )
         return None if torch.equal(groups.long(), wanted) else order
 
-    def describe(self, wide: torch.dtype) -> str:
+    def describe(self) -> str:
         return f"{self.bits} bits, {self.matrix.describe_groups(self.group_size)}, packed"
 
 

@@ -33,6 +33,16 @@ def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     return out
 
 
+def unpack_whole_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """The same where no integer goes on in the next word: 32 // bits of them lie in each, and its highest bits are not
+    used."""
+    rows = words.contiguous()
+    out = torch.empty(*rows.shape, 32 // bits, dtype=torch.uint8)
+    for index in range(32 // bits):
+        out[:, :, index] = (rows >> (index * bits)) & ((1 << bits) - 1)
+    return out.flatten(1)[:, :count]
+
+
 def bytes_of(words: Tensor) -> Tensor:
     """[..., n] of any type -> [..., n * size] uint8, the lowest byte of each first."""
     # By way of one dimension: one of size 1 may keep a stride that a view as another type refuses.

@@ -8,7 +8,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_files import random_blocks
 
 from millrace.kernels.quantized import QuantizedWeight, stack_rows
-from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, BlockType, in_one_form, read_blocks, widen_blocks
+from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, read_blocks, widen_blocks
 
 EXACT = ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL")
 
@@ -143,9 +143,8 @@ def test_matrices_longer_than_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_matrices_that_the_model_joins_take_one_form(kinds: tuple[str, ...]) -> None:
     """The files of llama.cpp's mixes (Q4_K_M) have v in another type than q and k."""
-    blocks: list[BlockType] = [BLOCK_TYPES[kind] for kind in kinds]
     parts = [packed(kind, matrix(kind, 8, seed=place)[0]) for place, kind in enumerate(kinds)]
-    joined = stack_rows([in_one_form(part, blocks) for part in parts])
+    joined = stack_rows(parts)
     assert joined is not None
     assert torch.equal(joined.widen(), torch.cat([part.widen() for part in parts]))
     assert int(joined.q.max()) < 1 << joined.bits

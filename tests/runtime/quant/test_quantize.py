@@ -238,6 +238,39 @@ def test_unfinished_output_of_another_run_is_left_alone(checkpoint: Path, tmp_pa
     assert digest(tmp_path / "out.partial" / "output") == kept
 
 
+@pytest.mark.parametrize(
+    "name", ["state-00001.safetensors", "manifest.json", "output/model-00002-of-00005.safetensors"]
+)
+def test_a_damaged_file_of_an_unfinished_run_says_what_to_delete(
+    name: str, checkpoint: Path, tmp_path: Path, text: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_int8(checkpoint, tmp_path / "out", calibration=text, progress=stop, **SMALL)
+    file = tmp_path / "out.partial" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(CheckpointError) as error:
+        quantize_int8(checkpoint, tmp_path / "out", calibration=text, **SMALL)
+    assert str(file) in str(error.value)
+    assert f"delete {tmp_path / 'out.partial'}, and run again" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["awq", "int8"])
+def test_the_report_says_how_much_text_there_was(
+    method: str, checkpoint: Path, tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = METHODS[method](checkpoint, tmp_path / "out", calibration=text, samples=100, window=64)
+    if method == "int8":
+        assert report.windows is None and "calibration" not in report.table() and not caplog.records
+        return
+    assert (report.windows, report.asked) == (22, 100)  # of 25; the others are held out
+    assert "22 windows of 100 that were asked for: the text is too short" in report.table()
+    assert "samples is 100, but" in caplog.text and "holds only 22 windows for it" in caplog.text
+
+
 def test_nothing_is_overwritten(checkpoint: Path, tmp_path: Path, text: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="out exists already and is not overwritten"):
@@ -289,6 +322,12 @@ def test_checkpoints_that_cannot_be_quantised(tmp_path: Path, text: Path, monkey
     refused(model, "tokenizer.json")
     add_tokenizer(model)
     large = load_file(model / "model.safetensors")
+    silent = model.with_name("silent")
+    shutil.copytree(model, silent)
+    norm = "model.layers.1.input_layernorm.weight"
+    save_file(large | {norm: torch.zeros(64)}, silent / "model.safetensors", {"format": "pt"})
+    refused(silent, "layers.1.self_attn.q_proj: the mean square of the inputs is 0.0: calibration saw no", "gptq")
+    shutil.rmtree(tmp_path / "out.partial")
     for value, method, message in (
         (1e6, "gptq", "values beyond the range of float16"),
         (math.nan, "int8", "not finite"),
@@ -323,7 +362,7 @@ def test_command_line(checkpoint: Path, tmp_path: Path, text: Path, capsys: pyte
     assert cli.main(command) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("gptq 4 bits g16")
-    assert [line.split()[0] for line in out[1:]] == ["perplexity", "size", "time"]
+    assert [line.split()[0] for line in out[1:]] == ["perplexity", "size", "calibration", "time"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["sym"] is False
     assert cli.main(command) == 2
     assert "exists already" in capsys.readouterr().err

@@ -174,6 +174,9 @@ def test_broken_files_are_named(tmp_path: Path, folders: dict[str, Path]) -> Non
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"a": ' * 100_000)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(CheckpointError, match="cannot be read"):
         Tokenizer.load(tmp_path)

@@ -123,9 +123,32 @@ def test_mixed_types_stay_packed(wide: Path, tmp_path: Path) -> None:
     mixed, exact = load_model(tmp_path / "packed.gguf"), load_model(tmp_path / "exact.gguf")
     table = 199 * 256 * 4  # looked up in, and kept in bfloat16 or float32
     assert mixed.weight_bytes - table < 0.35 * (exact.weight_bytes - table)
-    assert GgufCheckpoint(tmp_path / "packed.gguf").describe() == (
+    assert GgufCheckpoint(tmp_path / "packed.gguf").describe("bfloat16") == (
         "GGUF: 11 tensors Q4_K, 5 tensors Q6_K, packed; token_embd.weight widened to bfloat16; 5 tensors F32"
     )
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16"])
+def test_vectors_of_any_type(kind: str, tmp_path: Path) -> None:
+    """Norms and biases, of which those of q and k are turned as their rows are."""
+    sizes = {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 1, "intermediate_size": 96}
+    folder = make_checkpoint("llama", tmp_path / "llama", **sizes)
+    held = write_gguf(folder, tmp_path / "narrow.gguf", vectors=kind)
+    write_gguf(folder, tmp_path / "wide.gguf", values=held)
+    narrow, wide = (logits(load_model(tmp_path / name, dtype="float32")) for name in ("narrow.gguf", "wide.gguf"))
+    assert torch.equal(narrow, wide)
+    assert far(narrow, logits(load_model(folder, dtype="float32"))) < 0.02
+
+
+def test_what_no_kernel_reads_together_is_widened_and_said(wide: Path, tmp_path: Path) -> None:
+    held = write_gguf(wide, tmp_path / "packed.gguf", lambda name: "F16" if name == "blk.1.attn_v.weight" else "Q8_0")
+    write_gguf(wide, tmp_path / "exact.gguf", values=held)
+    assert_same_model(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        assert load_model(tmp_path / "packed.gguf", dtype=dtype).spec.weights == (
+            f"GGUF: 15 tensors Q8_0, packed; token_embd.weight widened to {dtype}; 5 tensors F32, 1 tensors F16; "
+            f"but widened to {dtype}: model.layers.1.self_attn.q_proj + k_proj + v_proj"
+        )
 
 
 def test_tied_and_untied_outputs(llama: Path, tmp_path: Path) -> None:

@@ -52,11 +52,14 @@ def test_gguf_files_and_folders_with_one(tmp_path: Path) -> None:
     assert (found.name, found.path) == ("model", first)
     (folder / "small.gguf").touch()
     assert resolve_model(folder / "small.gguf").name == "small"
-    with pytest.raises(
-        CheckpointError, match=r"several GGUF models: name one of big-00001-of-00002\.gguf, small\.gguf"
-    ):
+    with pytest.raises(CheckpointError, match=rf"several GGUF models: name one of {first}, {folder / 'small.gguf'}"):
         resolve_model(folder)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}")  # which many publish beside them
+    with pytest.raises(CheckpointError, match="several GGUF models"):
+        resolve_model(folder)
+    (folder / "small.gguf").unlink()
+    assert resolve_model(folder).path == first
+    (folder / "model.safetensors").touch()
     assert resolve_model(folder).path == folder
 
 
@@ -76,6 +79,26 @@ def test_a_gguf_file_on_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.
     found = resolve_model(model)
     assert (found.name, found.path) == ("x-Q4_0", tmp_path / "sub" / "x-Q4_0.gguf")
     assert asked == [("owner/name", ["sub/x-Q4_0.gguf"])] * 2
+
+
+def test_a_repository_of_gguf_files_is_asked_for_one_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(repo_id: str) -> list[str]:
+        assert repo_id == "owner/name"
+        return ["README.md", "x-Q4_0.gguf", "big/x-00001-of-00002.gguf", "big/x-00002-of-00002.gguf"]
+
+    def out_of_reach(repo_id: str) -> list[str]:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, allow_patterns: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
+    said = r"name one of owner/name:big/x-00001-of-00002\.gguf, owner/name:x-Q4_0\.gguf$"
+    with pytest.raises(CheckpointError, match=said):
+        resolve_model("owner/name")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", out_of_reach)
+    assert resolve_model("owner/name").path == tmp_path
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", listed)
+    assert resolve_model("owner/name").path == tmp_path
 
 
 def test_all_parts_of_a_split_file_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +122,7 @@ def test_the_hub_is_asked_for_what_is_used_and_nothing_else(tmp_path: Path, monk
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    (tmp_path / "model.safetensors").touch()
     found = resolve_model("owner/name-1.5B")
     assert (found.name, found.path, asked["repo_id"]) == ("owner/name-1.5B", tmp_path, "owner/name-1.5B")
     from huggingface_hub.utils import filter_repo_objects

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from quantized_checkpoints import (
     Pair,
     Stored,
     altered,
     gptq,
+    int32,
     load_on_torch,
     logits,
     make_pair,
+    pack_bits,
     random_integers,
     read_matrices,
     relative,
@@ -141,6 +144,39 @@ def test_integers_are_those_that_the_library_reads(name: str, tmp_path: Path) ->
     logits_ = wanted_logits(pair)
     assert (logits(load_on_torch(pair.quantized)) - logits_).abs().max() < 2e-4
     assert relative(logits(load_model(pair.quantized)), logits_) < 0.03
+
+
+def with_gaps(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """[rows, count] of signed integers -> words of 32 // bits of them, each row by itself."""
+    per_word, middle = 32 // bits, 1 << (bits - 1)
+    rows = [[value + middle for value in row] for row in values.tolist()]
+    starts = range(0, values.shape[1], per_word)
+    return int32([[pack_bits(row[start : start + per_word], bits)[0] for start in starts] for row in rows])
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_integers_of_old_releases_do_not_cross_words(bits: int, tmp_path: Path) -> None:
+    scheme = scheme_of(num_bits=bits, strategy="group", group_size=32, symmetric=False)
+
+    def convert(name: str, weight: torch.Tensor) -> Stored | None:
+        if name == "lm_head":
+            return None
+        stored = compress(weight, scheme, "pack-quantized")
+        packed, zeros = stored.tensors["weight_packed"], stored.tensors["weight_zero_point"]
+        outputs, groups = weight.shape[0], zeros.shape[1]
+        changed = {
+            "weight_packed": with_gaps(unpack_from_int32(packed, bits, weight.shape), bits),
+            "weight_zero_point": with_gaps(unpack_from_int32(zeros, bits, (outputs, groups), 0).t(), bits).t(),
+        }
+        assert changed["weight_packed"].shape[1] > packed.shape[1]
+        return Stored({**stored.tensors, **changed}, stored.wide)
+
+    pair = make_pair(tmp_path, convert, settings("pack-quantized", scheme))
+    want = load_file(pair.plain / "model.safetensors")
+    matrices = read_matrices(pair.quantized)
+    assert len(matrices) == 14
+    for matrix, weight in matrices.items():
+        assert torch.equal(widened(weight), want[f"{matrix}.weight"]), matrix
 
 
 @pytest.mark.parametrize("name", FLOATS)

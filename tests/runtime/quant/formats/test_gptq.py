@@ -129,7 +129,7 @@ def test_every_integer_is_kept(bits: int, version: int, order: bool, tmp_path: P
 @pytest.mark.parametrize(("bits", "group_size", "order"), [
     (4, 32, "none"),
     (4, 64, "shared"),
-    (4, 32, "own"),  # q, k and v differ, so that they are widened to be one matrix
+    (4, 32, "own"),  # gate and up differ, so that they are widened to be one matrix
     (8, -1, "none"),
     (3, 32, "shared"),
     (2, -1, "none"),
@@ -179,14 +179,16 @@ def test_patterns_give_matrices_settings_of_their_own(tmp_path: Path) -> None:
     def convert(name: str, weight: torch.Tensor) -> Stored | None:
         if "layers.1." in name or name == "lm_head":
             return None
-        bits, size = (8, 64) if name.endswith("down_proj") else (4, 32)
+        bits, size = (8, 64) if name.endswith(("down_proj", "v_proj")) else (4, 32)
         return gptq(random_integers(*weight.shape, bits, size), bits)
 
-    dynamic = {"-:.*layers\\.1\\.": {}, "+:.*down_proj": {"bits": 8, "group_size": 64}}
+    dynamic = {"-:.*layers\\.1\\.": {}, "+:.*(down|v)_proj": {"bits": 8, "group_size": 64}}
     pair = make_pair(tmp_path, convert, SETTINGS | {"dynamic": dynamic})
     assert (logits(load_on_torch(pair.quantized)) - wanted_logits(pair)).abs().max() < 2e-4
-    described = load_model(pair.quantized).spec.weights
-    assert described == "GPTQ 4 bits, groups of 32, packed; 8 bits, groups of 64, packed; others float16"
+    assert load_model(pair.quantized).spec.weights == (  # v, joined with q and k, too
+        "GPTQ 4 bits, groups of 32, packed; 8 bits, groups of 64, packed; 8 bits, one scale for each output, packed; "
+        "others float16"
+    )
 
 
 def test_biases_that_are_all_zeros_are_harmless(small: Pair, tmp_path: Path) -> None:
@@ -266,4 +268,7 @@ def test_scales_that_float16_cannot_hold_widen_the_matrix(tmp_path: Path) -> Non
 def test_matrices_of_one_order_stay_packed_together(tmp_path: Path) -> None:
     shared = pair_of(tmp_path / "a", SETTINGS, order=lambda name, inputs: shuffled(inputs))
     own = pair_of(tmp_path / "b", SETTINGS, order=lambda name, inputs: shuffled(inputs, len(name)))
-    assert load_model(shared.quantized).weight_bytes < load_model(own.quantized).weight_bytes
+    together, apart = load_model(shared.quantized), load_model(own.quantized)
+    assert together.weight_bytes < apart.weight_bytes
+    assert "widened" not in together.spec.weights
+    assert "; but widened to bfloat16: model.layers.0.mlp.gate_proj + up_proj, " in apart.spec.weights
