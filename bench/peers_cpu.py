@@ -26,12 +26,12 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from peers import checkpoints, environments, http_part, table
-from peers.engines import MILLRACE, PEERS, PRECISIONS, QUICK_PEERS, Engine, chosen
+from peers.engines import ENGINES, MILLRACE, PEERS, PRECISIONS, QUICK_PEERS, Engine, chosen
 from peers.environments import RECIPES, Environment, NotBuilt
 from peers.measure import LOADS, Samples, fit_together, measure
 from peers.probe import available_memory, read_bandwidth
@@ -42,6 +42,7 @@ from millrace.runtime.app import available_cores
 from millrace.runtime.weights.synthetic import preset
 
 RESULTS = Path(__file__).parent / "results"
+LLAMA_OVER_HTTP = next(engine for engine in ENGINES if engine.label == "llama.cpp Q8_0")
 JOB_LIMIT_S = 600.0  # for a worker to load, and for one job
 
 
@@ -67,7 +68,7 @@ class Bench:
                 self.not_built[name] = str(error)
         for shape in self.args.shapes:
             checkpoints.checkpoint(self.cache, shape)
-            for engine in engines:
+            for engine in engines if self.args.no_http else dict.fromkeys([*engines, LLAMA_OVER_HTTP]):
                 if engine.environment in self.environments and engine.kind:
                     self.console.print(f"{shape}: {engine.label} ...")
                     try:
@@ -118,8 +119,8 @@ class Bench:
             )
         }
         llama = self.environments.get("llama.cpp")
-        if llama is not None and self._usable(next(e for e in chosen(["llama.cpp"], ["int8"]) if e.kind), shape):
-            file = checkpoints.gguf(self.cache, shape, "Q8_0", llama, time.monotonic())
+        if llama is not None and self._usable(LLAMA_OVER_HTTP, shape):
+            file = self.model(LLAMA_OVER_HTTP, shape, time.monotonic())
             binary = llama.folder / "build" / "bin" / "llama-server"
             servers[http_part.LLAMA_SERVER] = lambda: http_part.llama_server(
                 binary, file, threads, self._variables(llama), self._log("llama-server"), limit
@@ -158,8 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "peers_cpu.json", metavar="FILE")
     parser.add_argument("--plot", type=Path, default=RESULTS / "peers_cpu.png", metavar="FILE")
     args = parser.parse_args(arguments)
-    if args.add and not args.json.is_file():
-        parser.error(f"--add needs a result to add to, and {args.json} is not there: run once without")
+    if args.add:
+        args.earlier = _earlier(parser, args.json, args.threads)
     if args.rounds < 1 or args.threads < 1 or args.minutes <= 0 or args.build_minutes <= 0:
         parser.error("--rounds and --threads must be at least 1, --minutes and --build-minutes positive")
     if args.quick:
@@ -184,6 +185,20 @@ def main(arguments: list[str] | None = None) -> int:
     return run(bench, engines)
 
 
+def _earlier(parser: argparse.ArgumentParser, file: Path, threads: int) -> dict[str, Any]:
+    """The result to add to; read before hours are spent, so that what is wrong with it is said now."""
+    try:
+        earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        loads, of = earlier["loads"], earlier["threads"]
+        for key in ("shapes", "http", "not_built", "read_bandwidth"):
+            earlier[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"--add needs a result of this bench to add to, and {file} is none ({error}): run once without")
+    if loads != [load.name for load in LOADS] or of != threads:
+        parser.error(f"{file} is of {of} threads and the loads {', '.join(loads)}: run without --add to begin anew")
+    return earlier
+
+
 def run(bench: Bench, engines: Sequence[Engine]) -> int:
     args, console = bench.args, bench.console
     bench.deadline = time.monotonic() + 60 * args.minutes
@@ -201,7 +216,7 @@ def run(bench: Bench, engines: Sequence[Engine]) -> int:
                 result["http"][shape] = bench.measure_http(shape)
     finally:
         if measured:
-            report(result, measured, console, args)
+            report(result, measured, console, args, bench.environments)
     parts = [samples.failed for shape in measured.values() for samples in shape.values()]
     failed = [*parts, *(part["failed"] for part in result["http"].values())]
     for part in failed:
@@ -211,7 +226,11 @@ def run(bench: Bench, engines: Sequence[Engine]) -> int:
 
 
 def report(
-    result: dict[str, Any], measured: dict[str, dict[str, Samples]], console: Console, args: argparse.Namespace
+    result: dict[str, Any],
+    measured: dict[str, dict[str, Samples]],
+    console: Console,
+    args: argparse.Namespace,
+    built: Collection[str],
 ) -> None:
     """Tables, then the JSON, then the plot where matplotlib is installed; of what there is, if the run was stopped."""
     bandwidth = statistics.median(result["read_bandwidth"])
@@ -222,7 +241,7 @@ def report(
     for shape, part in result["http"].items():
         console.print(http_part.http_table(shape, part))
     if args.add:
-        result = table.added(json.loads(args.json.read_text("utf-8")), result)
+        result = table.added(args.earlier, result, built)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     console.print(f"written: {args.json}")

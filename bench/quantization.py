@@ -104,7 +104,7 @@ def main() -> None:
                 flush=True,
             )
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,20 +16,17 @@ from torch import Tensor
 from millrace.kernels.arguments import describe
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_gemv_common import (
-    MAX_ROWS,
     THREADS,
     TILE_N,
     WARPS,
     GemvWorkspace,
     fill,
     prepare,
-    workspace_size,
 )
 from millrace.kernels.cuda_gemv_pack import TILE_K, TYPES, PackedWeight, lacks, pack
 from millrace.kernels.cuda_launch import Launcher
 
-__all__ = ["MAX_ROWS", "GemvWorkspace", "PackedWeight", "dequantise", "gemv", "kernels", "lacks", "pack",
-           "weight_kernels", "workspace_size"]  # fmt: skip
+__all__ = ["PackedWeight", "dequantise", "gemv", "kernels", "lacks", "pack", "weight_kernels"]
 
 _MATRIX = np.dtype(
     [(name, "u8") for name in ("weight", "group_scales", "row_scales")]

@@ -68,6 +68,8 @@ def _torch_multiplies(device: torch.device, codes: torch.dtype, dtype: torch.dty
             y = torch._int_mm(x, weight.t()) * rows[:, None] * columns
         else:
             y = _scaled_product(x, rows, weight, columns, bias, rows.new_empty(32, 16, dtype=dtype))
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about products, and must not be remembered as if it did
     except (RuntimeError, ValueError, NotImplementedError):
         return False
     wanted = 16 * rows[:, None] * columns

@@ -23,7 +23,7 @@ from millrace.kernels.arguments import (
     RopeArgs,
     WriteKvArgs,
 )
-from millrace.kernels.quantized import Float8Weight, QuantizedWeight
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight, widen_into
 
 _WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which stays in the last-level cache
 
@@ -119,7 +119,11 @@ class TorchBackend(Backend):
         return TorchQuantized(args.weight, args.bias, args.activation)
 
     def pack_float8(self, args: Float8Args) -> PackedLinear:
-        return TorchFloat8(args.weight, args.bias, args.activation)
+        if args.activation == torch.float32:
+            return TorchFloat8(args.weight, args.bias, args.activation)
+        # On a GPU, which has room for it, widening in every step would cost more than the bytes that it saves.
+        wide = torch.empty(args.weight.codes.shape, dtype=args.activation, device=args.weight.codes.device)
+        return TorchLinear(widen_into(wide, args.weight), args.bias, args.activation)
 
     def pack_linear(self, args: PackArgs) -> PackedLinear:
         return TorchLinear(args.weight, args.bias, args.activation)

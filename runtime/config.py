@@ -29,7 +29,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: Annotated[int, Meta(ge=0, description="longest context in tokens; 0 is the checkpoint's")] = 0
     quantize: Annotated[
         Literal["none", "int8", "int4", "nf4", "fp8"],
-        Meta(description="round weights as they are loaded: none, int8 or fp8 (per output), int4 or nf4 (in groups)"),
+        Meta(
+            description="round weights as they are loaded: none, int8 or fp8 (per output; fp8 rounds activations on a GPU"
+            " too), int4 or nf4 (groups)"
+        ),
     ] = "none"
     quantize_group_size: Annotated[
         int,

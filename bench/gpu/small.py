@@ -14,6 +14,7 @@ from gpu.plan import Row, rated, timed
 from gpu.timing import CudaTimer, Timer, free_bytes, l2_bytes, num_rotated
 from millrace.kernels import cuda_copy, cuda_elementwise, cuda_gemv, cuda_sampling, ops
 from millrace.kernels.cuda_backend import CudaBackend
+from millrace.kernels.cuda_gemv_common import GemvWorkspace, workspace_size
 from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 Work = Callable[[], object]
@@ -100,8 +101,8 @@ def products(context: Context, place: Place, timer: Timer, n: int, k: int, l2: i
         first = cuda_gemv.pack(weight, None, BF16)
         count = num_rotated(first.nbytes, l2, free, 24)
         weights = [first, *(cuda_gemv.pack(weight, None, BF16) for _ in range(count - 1))]
-        size = cuda_gemv.workspace_size(place.launcher, first)
-        workspace = cuda_gemv.GemvWorkspace.allocate(size, first.weight.device)
+        size = workspace_size(place.launcher, first)
+        workspace = GemvWorkspace.allocate(size, first.weight.device)
         for m in (1, 8):
             x, out = _random(place, m, k), _random(place, m, n)
 
@@ -136,7 +137,8 @@ def products_of_8_bits(
         if kind == "bf16":
             return ops.pack_linear(_random(place, n, k), activation=BF16, backends=(backend,))
         if kind == "fp8":
-            return ops.pack_float8(floats, activation=BF16, backends=(backend,))
+            fresh = floats._replace(codes=floats.codes.clone())  # else all would share the codes, and find them in L2
+            return ops.pack_float8(fresh, activation=BF16, backends=(backend,))
         return ops.pack_quantized(integers, activation=BF16, backends=(backend,))
 
     for kind in ("bf16", "fp8", "int8"):

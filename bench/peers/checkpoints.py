@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from millrace.runtime.weights import synthetic
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset, write_random_checkpoint
 from peers.environments import Environment, OutOfTime, run
@@ -23,7 +24,8 @@ SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b")
 
 def checkpoint(cache: Path, shape: str) -> Path:
     """A folder in Hugging Face layout: bfloat16 weights of seed 0, and a tokenizer with a word for every id."""
-    recipe = _digest(preset(shape), _SEED, _file_digest(resolve_model().path / "tokenizer.json"))
+    makers = [Path(__file__), Path(synthetic.__file__), resolve_model().path / "tokenizer.json"]
+    recipe = _digest(preset(shape), _SEED, *map(_file_digest, makers))
     return _once(cache / "models" / shape / "checkpoint", recipe, lambda folder: _write_checkpoint(folder, shape))
 
 

@@ -1,7 +1,7 @@
 """What a run says: ratios to each peer, the floor, how far first tokens agree, as tables, JSON and a plot."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +125,24 @@ def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequ
     }
 
 
-def added(earlier: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of an earlier run with the precisions and the HTTP part of a later one in it, or in their places."""
+def added(earlier: Mapping[str, Any], result: Mapping[str, Any], built: Collection[str]) -> dict[str, Any]:
+    """The JSON of an earlier run with the precisions and the HTTP part of a later one in it, or in their places.
+
+    A precision of which the later run measured nothing does not replace one; `built` are the environments it had.
+    """
     shapes = {shape: dict(parts) for shape, parts in earlier["shapes"].items()}
     for shape, parts in result["shapes"].items():
-        together = {**shapes.get(shape, {}), **parts}
+        measured = {
+            precision: part
+            for precision, part in parts.items()
+            if any(values for cells in part["rates"].values() for values in cells.values())
+        }
+        together = {**shapes.get(shape, {}), **measured}
         shapes[shape] = {precision: together[precision] for precision in PRECISIONS if precision in together}
+    not_built = {name: reason for name, reason in earlier["not_built"].items() if name not in built}
     return {
         **result,
-        "not_built": {**earlier["not_built"], **result["not_built"]},
+        "not_built": {**not_built, **result["not_built"]},
         "read_bandwidth": [*earlier["read_bandwidth"], *result["read_bandwidth"]],
         "shapes": shapes,
         "http": {**earlier["http"], **result["http"]},

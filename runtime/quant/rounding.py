@@ -54,16 +54,18 @@ def round_to_float8(weight: Tensor) -> Float8Weight:
     """e4m3 with one scale for each output: the largest weight of each becomes 448. Raises ValueError where a weight is
     not finite."""
     outputs, inputs = weight.shape
-    largest = weight.float().abs().amax(1, keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise ValueError("a weight is not finite")
-    scales = (largest / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-    rows = max(1, _SLICE // inputs)
-    parts = [
-        (weight[start : start + rows].float() / scales[start : start + rows]).to(torch.float8_e4m3fn)
-        for start in range(0, outputs, rows)
-    ]
-    return Float8Weight(torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn), scales, inputs)
+    codes = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(outputs, 1, device=weight.device)
+    step = max(1, _SLICE // inputs)
+    for start in range(0, outputs, step):
+        rows = slice(start, start + step)
+        part = weight[rows].float()
+        largest = part.abs().amax(1, keepdim=True)
+        if not bool(largest.isfinite().all()):
+            raise ValueError("a weight is not finite")
+        scales[rows] = (largest / _FP8_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+        codes[rows] = (part / scales[rows]).to(codes.dtype)
+    return Float8Weight(codes, scales, inputs)
 
 
 def round_to_nf4(weight: Tensor, group_size: int) -> QuantizedWeight:
@@ -74,7 +76,7 @@ def round_to_nf4(weight: Tensor, group_size: int) -> QuantizedWeight:
     inputs = weight.shape[1]
     if inputs % group_size:
         raise ValueError(f"{inputs} inputs cannot be cut into groups of {group_size}")
-    book = torch.tensor(_NF4, dtype=torch.int8)
+    book = torch.tensor(_NF4, dtype=torch.int8, device=weight.device)
     borders = (book[1:].float() + book[:-1].float()) / 2
     rows = max(1, _SLICE // inputs)
     parts = [_round_nf4(weight[start : start + rows], group_size, borders) for start in range(0, len(weight), rows)]

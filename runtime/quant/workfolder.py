@@ -29,7 +29,8 @@ class WorkFolder:
     def __init__(self, output: Path, manifest: Mapping[str, Any]) -> None:
         """Opens the folder of an earlier run, or makes one.
 
-        Raises ConfigError where the output exists, or where the folder belongs to another run.
+        Raises ConfigError where the output exists, or where the folder belongs to another run; CheckpointError where
+        what an earlier run left is damaged.
         """
         refuse_existing(output)
         self.output = output
@@ -54,7 +55,9 @@ class WorkFolder:
 
     def _manifest(self, path: Path) -> dict[str, Any]:
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it is no JSON object")
         except ValueError as error:
             raise self._unreadable(path, error) from None
         return values
@@ -103,7 +106,10 @@ class WorkFolder:
         _replace_text(self.shards / "config.json", json.dumps(config, indent=2))
         _replace_text(self.shards / "model.safetensors.index.json", json.dumps(index, indent=2))
         refuse_existing(self.output)
+        for path in (*self.shards.rglob("*"), self.shards):
+            _sync(path)
         os.rename(self.shards, self.output)
+        _sync(self.output.parent)
         shutil.rmtree(self._folder)
 
     def _state(self, layers: int) -> Path:
@@ -145,6 +151,14 @@ def _replace_text(path: Path, text: str) -> None:
 
 def _rename(written: Path, path: Path) -> None:
     """With its bytes on the disk first: a name that came through a power cut stands for a whole file."""
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
+    _sync(written)
     os.replace(written, path)
+
+
+def _sync(path: Path) -> None:
+    """Brings a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

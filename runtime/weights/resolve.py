@@ -86,8 +86,8 @@ def _gguf(path: Path) -> ResolvedModel:
 
 
 def _gguf_in(folder: Path) -> Path | None:
-    """The one GGUF model of a folder without weights in Hugging Face layout; config.json may lie beside it."""
-    if any(folder.glob("*.safetensors")):
+    """The one GGUF model of a folder that holds no whole checkpoint in Hugging Face layout beside it."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return None
     models = sorted({split_parts(path)[0] for path in folder.glob("*.gguf")})
     if len(models) > 1:

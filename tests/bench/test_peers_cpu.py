@@ -457,19 +457,38 @@ def test_a_run_is_added_to_an_earlier_one() -> None:
     def result(shapes: dict[str, Any], **others: Any) -> dict[str, Any]:
         return {"rounds": 3, "not_built": {}, "read_bandwidth": [2e10], "shapes": shapes, "http": {}, **others}
 
-    earlier = result({"small": {"int8": "old", "int4": "old"}}, http={"small": "kept"}, not_built={"vllm": "no wheel"})
-    later = result({"small": {"fp32": "new", "int8": "new"}, "large": {"bf16": "new"}}, read_bandwidth=[1e10])
-    found = table.added(earlier, later)
-    assert found["shapes"] == {
-        "small": {"fp32": "new", "int8": "new", "int4": "old"},
-        "large": {"bf16": "new"},
-    }
+    def part(name: str, *values: float) -> dict[str, Any]:
+        return {"rates": {name: {"two": list(values)}}}
+
+    old, new, stopped = part("old", 1.0), part("new", 2.0), part("stopped")
+    built = {"vllm": "no wheel", "openvino": "no time"}
+    earlier = result({"small": {"int8": old, "int4": old}}, http={"small": "kept"}, not_built=built)
+    later = result({"small": {"fp32": new, "int8": new, "int4": stopped}, "large": {"bf16": new}}, read_bandwidth=[1e10])
+    found = table.added(earlier, later, ["openvino"])
+    assert found["shapes"] == {"small": {"fp32": new, "int8": new, "int4": old}, "large": {"bf16": new}}
     assert list(found["shapes"]["small"]) == ["fp32", "int8", "int4"]
     assert found["http"] == {"small": "kept"} and found["not_built"] == {"vllm": "no wheel"}
     assert found["read_bandwidth"] == [2e10, 1e10]
 
 
-def test_there_must_be_a_run_to_add_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "run once without"),
+        ("{}", "run once without"),
+        ("[]", "run once without"),
+        (
+            '{"threads": 7, "loads": ["two"], "shapes": {}, "http": {}, "not_built": {}, "read_bandwidth": []}',
+            "of 7 threads and the loads two",
+        ),
+    ],
+)
+def test_there_must_be_a_run_to_add_to(
+    text: str | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "earlier.json"
+    if text is not None:
+        file.write_text(text)
     with pytest.raises(SystemExit):
-        peers_cpu.main(["--add", "--json", str(tmp_path / "none.json")])
-    assert "run once without" in capsys.readouterr().err
+        peers_cpu.main(["--add", "--json", str(file)])
+    assert complaint in capsys.readouterr().err

@@ -78,6 +78,15 @@ def test_float8_matches_the_reference(backend: Backend, n: int, k: int, group: i
     assert torch.equal(linear.row_lookup(tokens), wide[tokens])
 
 
+def test_float8_beside_16_bit_activations_is_widened_once_by_torch() -> None:
+    weight, bias = eight_bits(33, 72, 24), torch.randn(33)
+    linear = ops.pack_float8(weight, bias, activation=torch.bfloat16, backends=[TorchBackend()])
+    assert (linear.dtype, linear.activation) == (torch.bfloat16, torch.bfloat16)  # which `inspect` tells
+    wide, x = weight.widen().bfloat16(), torch.randn(5, 72).bfloat16()
+    assert torch.equal(linear.row_lookup(torch.arange(33)), wide)
+    torch.testing.assert_close(linear(x).float(), x.float() @ wide.float().t() + bias, rtol=0.02, atol=0.02)
+
+
 def test_float8_rows_have_the_same_bits_in_any_batch(compiled: Backend) -> None:
     linear = ops.pack_float8(eight_bits(161, 1100, 128), torch.randn(161), backends=[compiled])
     x = torch.randn(200, 1100)

@@ -115,7 +115,7 @@ class FourBitLayout(msgspec.Struct, frozen=True):
         return values * scales + self.offset
 
     def describe(self) -> str:
-        return f"{self.kind.upper()}, blocks of {self.block}{', packed' if self.is_packed else ''}"
+        return f"{self.kind.upper()}, blocks of {self.block}{', packed' if self.is_packed else ' that cross rows'}"
 
 
 class EightBitLayout(msgspec.Struct, frozen=True):

@@ -36,11 +36,12 @@ def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
 def unpack_whole_words(words: Tensor, bits: int, count: int) -> Tensor:
     """The same where no integer goes on in the next word: 32 // bits of them lie in each, and its highest bits are not
     used."""
-    rows = words.contiguous()
-    out = torch.empty(*rows.shape, 32 // bits, dtype=torch.uint8)
-    for index in range(32 // bits):
-        out[:, :, index] = (rows >> (index * bits)) & ((1 << bits) - 1)
-    return out.flatten(1)[:, :count]
+    out = torch.empty(words.shape[0], count, dtype=torch.uint8)
+    in_word = 32 // bits
+    for index in range(min(in_word, count)):
+        integers = (words >> (index * bits)) & ((1 << bits) - 1)
+        out[:, index::in_word] = integers[:, : -(-(count - index) // in_word)]
+    return out
 
 
 def bytes_of(words: Tensor) -> Tensor:

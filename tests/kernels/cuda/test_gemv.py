@@ -12,18 +12,8 @@ from millrace.kernels import ops
 from millrace.kernels import reference_cuda_gemv as reference
 from millrace.kernels.cuda_backend import CudaBackend
 from millrace.kernels.cuda_compile import read_source
-from millrace.kernels.cuda_gemv import (
-    GemvWorkspace,
-    PackedWeight,
-    dequantise,
-    gemv,
-    kernels,
-    lacks,
-    pack,
-    weight_kernels,
-    workspace_size,
-)
-from millrace.kernels.cuda_gemv_common import splits
+from millrace.kernels.cuda_gemv import PackedWeight, dequantise, gemv, kernels, lacks, pack, weight_kernels
+from millrace.kernels.cuda_gemv_common import GemvWorkspace, splits, workspace_size
 from millrace.kernels.cuda_linear import GEMV_ROWS
 from millrace.kernels.quantized import QuantizedWeight
 from millrace.kernels.torch_backend import TorchBackend

@@ -61,6 +61,8 @@ def test_gguf_files_and_folders_with_one(tmp_path: Path) -> None:
     assert resolve_model(folder).path == first
     (folder / "model.safetensors").touch()
     assert resolve_model(folder).path == folder
+    (folder / "config.json").unlink()  # an adapter's weights, say, but no checkpoint
+    assert resolve_model(folder).path == first
 
 
 @pytest.mark.parametrize("model", ["owner/name:sub/x-Q4_0.gguf", "owner/name/sub/x-Q4_0.gguf"])

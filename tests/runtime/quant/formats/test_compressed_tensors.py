@@ -177,6 +177,7 @@ def test_integers_of_old_releases_do_not_cross_words(bits: int, tmp_path: Path) 
     assert len(matrices) == 14
     for matrix, weight in matrices.items():
         assert torch.equal(widened(weight), want[f"{matrix}.weight"]), matrix
+    assert (logits(load_on_torch(pair.quantized)) - wanted_logits(pair)).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize("name", FLOATS)
