@@ -7,6 +7,7 @@ import torch
 from millrace.kernels import ops, reference
 from millrace.kernels.arguments import Backend
 from millrace.kernels.quantized import Float8Weight
+from millrace.kernels.torch_backend import TorchBackend
 
 ROWS = [1, 2, 5, 12, 13, 25, 40, 200]
 
