@@ -3,9 +3,9 @@
     python bench/start.py [--checkpoint FOLDER] [--quantize none int8 int4] [--rounds 3] [--json FILE]
 
 Without --checkpoint a random one of the Qwen2.5-0.5B shape is made, with grist's tokenizer. Each start is a process
-of its own, over files that are in the page cache. The table gives seconds: `import torch`, which is the floor; all
-other imports; then until the runtime serves, without a build and with one; and how many times sooner the whole is with
-a build.
+of its own, over files that are in the page cache. The table gives the seconds of `import torch`, which is the floor,
+and as multiples of it: all other imports; then until the runtime serves, without a build and with one; and the whole
+with a build. Last, how many times sooner than without a build that is.
 """
 
 import argparse
@@ -73,18 +73,19 @@ def main() -> None:
             write_random_checkpoint(model, "qwen2.5-0.5b", dtype="bfloat16")
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(resolve_model().path / name, model)
-        print(f"{'':6} {'torch':>7} {'imports':>9} {'start':>7} {'with build':>12} {'in all':>9} {'over torch':>12}")
+        print(f"{'':6} {'torch s':>9} {'imports':>9} {'start':>9} {'with build':>12} {'whole':>9} {'sooner':>9}")
         for quantize in args.quantize:
             folder = Path(scratch) / quantize
             build(model, folder, quantize)
             rounds = [(start(model, quantize, ""), start(model, quantize, str(folder))) for _ in range(args.rounds)]
             results[quantize] = [{"without": plain._asdict(), "with": built._asdict()} for plain, built in rounds]
-            torch, imports = (statistics.median(one[part] for pair in rounds for one in pair) for part in (0, 1))
-            plain, ready = (statistics.median(pair[which].ready for pair in rounds) for which in (0, 1))
+            torch = statistics.median(one.torch for pair in rounds for one in pair)
+            imports = statistics.median(one.imports / one.torch for pair in rounds for one in pair)
+            plain, ready = (statistics.median(pair[i].ready / pair[i].torch for pair in rounds) for i in (0, 1))
+            whole = statistics.median(sum(built) / built.torch for _, built in rounds)
             sooner = statistics.median(sum(plain) / sum(built) for plain, built in rounds)
-            over = statistics.median(sum(built) / built.torch for _, built in rounds)
             print(
-                f"{quantize:6} {torch:7.2f} {imports:9.2f} {plain:7.2f} {ready:12.2f} {sooner:8.2f}x {over:11.2f}x",
+                f"{quantize:6} {torch:9.2f} {imports:8.2f}x {plain:8.2f}x {ready:11.2f}x {whole:8.2f}x {sooner:8.2f}x",
                 flush=True,
             )
     if args.json is not None:

@@ -30,8 +30,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantize: Annotated[
         Literal["none", "int8", "int4", "nf4", "fp8"],
         Meta(
-            description="round weights as they are loaded: none, int8 or fp8 (per output; fp8 rounds activations on a GPU"
-            " too), int4 or nf4 (groups)"
+            description="round weights as they are loaded: none, int8 or fp8 (per output; fp8 rounds activations on a "
+            "GPU too), int4 or nf4 (groups)"
         ),
     ] = "none"
     quantize_group_size: Annotated[

@@ -178,7 +178,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
                         continue
                     axis.barh(place, found["median"], color=colors[precision], height=0.7)
                     axis.plot([found["min"], found["max"]], [place, place], color="black", linewidth=1)
-                    axis.annotate(f"{found['median']:.1f}", (0, place), (3, 0), textcoords="offset points",
+                    axis.annotate(f"{found['median']:.2f}", (0, place), (3, 0), textcoords="offset points",
                                   va="center", color="white", fontsize=8)  # fmt: skip
             axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
             axis.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -463,7 +463,9 @@ def test_a_run_is_added_to_an_earlier_one() -> None:
     old, new, stopped = part("old", 1.0), part("new", 2.0), part("stopped")
     built = {"vllm": "no wheel", "openvino": "no time"}
     earlier = result({"small": {"int8": old, "int4": old}}, http={"small": "kept"}, not_built=built)
-    later = result({"small": {"fp32": new, "int8": new, "int4": stopped}, "large": {"bf16": new}}, read_bandwidth=[1e10])
+    later = result(
+        {"small": {"fp32": new, "int8": new, "int4": stopped}, "large": {"bf16": new}}, read_bandwidth=[1e10]
+    )
     found = table.added(earlier, later, ["openvino"])
     assert found["shapes"] == {"small": {"fp32": new, "int8": new, "int4": old}, "large": {"bf16": new}}
     assert list(found["shapes"]["small"]) == ["fp32", "int8", "int4"]

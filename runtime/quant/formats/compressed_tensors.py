@@ -235,7 +235,7 @@ def _words(count: int, bits: int, has_gaps: bool) -> int:
 
 
 def _has_gaps(matrix: Matrix, bits: int, stored: StoredMatrix) -> bool:
-    """By the number of words, which differs for every multiple of 32 inputs; where it does not, today's layout it is."""
+    """By the number of words, which differs for every multiple of 32 inputs; else today's layout is taken."""
     header = stored.header("weight_packed")
     dense, gapped = (_words(matrix.in_features, bits, has_gaps) for has_gaps in (False, True))
     return header is not None and dense != gapped and header.shape[-1:] == (gapped,)

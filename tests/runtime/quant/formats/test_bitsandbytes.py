@@ -113,8 +113,8 @@ def test_blocks_that_go_on_in_the_next_row_are_widened(tmp_path: Path) -> None:
     assert isinstance(matrices["model.layers.0.mlp.up_proj"], QuantizedWeight)
     assert relative(logits(load_on_torch(pair.quantized)), wanted_logits(pair)) < FAR
     assert load_model(pair.quantized, dtype="float32").spec.weights == (
-        "bitsandbytes NF4, blocks of 64 that cross rows; NF4, blocks of 64, packed; others float16; but widened to float32: "
-        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
+        "bitsandbytes NF4, blocks of 64 that cross rows; NF4, blocks of 64, packed; others float16; "
+        "but widened to float32: model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
     )
 
 
