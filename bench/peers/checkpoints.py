@@ -79,7 +79,18 @@ def ctranslate2(cache: Path, shape: str, kind: str, env: Environment, deadline: 
     source, out = checkpoint(cache, shape), cache / "models" / shape / f"ctranslate2-{kind}"
     command = [str(env.folder / "bin" / "ct2-transformers-converter"), "--model", str(source),
                "--quantization", kind, "--force", "--output_dir"]  # fmt: skip
-    return _convert(source, out, env, deadline, lambda to: [*command, str(to)])
+    found = _convert(source, out, env, deadline, lambda to: [*command, str(to)])
+    fill_nulls(found / "config.json")
+    return found
+
+
+def fill_nulls(file: Path) -> None:
+    """A special token that a tokenizer lacks is null in what CTranslate2's converter writes, but its library wants
+    text."""
+    config = json.loads(file.read_text("utf-8"))
+    filled = {key: "" if value is None else value for key, value in config.items()}
+    if filled != config:
+        file.write_text(json.dumps(filled, indent=2) + "\n", "utf-8")
 
 
 def onnxruntime(cache: Path, shape: str, kind: str, env: Environment, deadline: float) -> Path:

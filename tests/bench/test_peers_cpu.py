@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from peers import checkpoints, environments, table
-from peers.checkpoints import widen_vocabulary
+from peers.checkpoints import fill_nulls, widen_vocabulary
 from peers.convert_gguf import convert, interleave, llama3_factors
 from peers.engines import ENGINES, MILLRACE, PEERS, Engine, chosen
 from peers.environments import Environment, NotBuilt, OutOfTime, Recipe, build, last_error, run
@@ -494,3 +494,10 @@ def test_there_must_be_a_run_to_add_to(
     with pytest.raises(SystemExit):
         peers_cpu.main(["--add", "--json", str(file)])
     assert complaint in capsys.readouterr().err
+
+
+def test_tokens_that_a_tokenizer_lacks_are_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"bos_token": null, "eos_token": "<|end|>", "layer_norm_epsilon": 1e-05}')
+    fill_nulls(file)
+    assert json.loads(file.read_text()) == {"bos_token": "", "eos_token": "<|end|>", "layer_norm_epsilon": 1e-05}
