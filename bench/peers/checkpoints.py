@@ -3,6 +3,7 @@
 Beside each lies `<name>.recipe`, which tells what it was made by: where that has changed, it is made again.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -122,7 +123,7 @@ def _convert(
     # What the command says, wherever the cache and the interpreters lie, and scripts of our own by their text.
     words = [Path(word).name if Path(word).is_absolute() else word for word in command(out)[1:]]
     scripts = [_file_digest(HERE / word) for word in words if word.endswith(".py")]
-    return _once(out, _digest(_recipe(source).read_text("utf-8"), env.version, words, scripts), make)
+    return _once(out, _digest(_identity(source), env.version, words, scripts), make)
 
 
 def _once(out: Path, recipe: str, make: Callable[[Path], None]) -> Path:
@@ -142,6 +143,17 @@ def _once(out: Path, recipe: str, make: Callable[[Path], None]) -> Path:
     return out
 
 
+def _identity(source: Path) -> str:
+    """What a conversion depends on: a checkpoint's files, whichever code wrote them; or a converted file's recipe."""
+    recipe = _recipe(source).read_text("utf-8")
+    return _contents(source, recipe) if source.is_dir() else recipe
+
+
+@functools.cache  # of gigabytes, for each peer; `recipe` because a folder may be made again
+def _contents(folder: Path, recipe: str) -> str:
+    return _digest({file.name: _file_digest(file) for file in folder.iterdir()})
+
+
 def _recipe(out: Path) -> Path:
     return out.with_name(f"{out.name}.recipe")
 
@@ -157,4 +169,5 @@ def _digest(*parts: Any) -> str:
 
 
 def _file_digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

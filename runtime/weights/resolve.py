@@ -52,7 +52,8 @@ def resolve_model(model: str | Path | None = None) -> ResolvedModel:
     Args:
         model: a folder, a GGUF file, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct; with a GGUF file behind it
             (owner/name:file.gguf, owner/name/folder/file.gguf) that file. None or "" is the embedded model.
-            A folder or file wins over a hub id of the same name. A folder without safetensors may hold one GGUF model.
+            A folder or file wins over a hub id of the same name. A folder without config.json or safetensors may hold
+            one GGUF model.
 
     Raises:
         CheckpointError: there is no such folder or repository, or it cannot be fetched.

@@ -365,6 +365,30 @@ def test_models_are_made_again_where_their_recipe_has_changed(tmp_path: Path, mo
     assert made("2") == "other Q8_0"
 
 
+def test_a_checkpoint_that_comes_out_the_same_is_not_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts, shape = tmp_path / "scripts", "qwen2.5-0.5b"
+    scripts.mkdir()
+    (scripts / "convert_gguf.py").write_text("import sys; open(sys.argv[2], 'x').write('converted')")
+    monkeypatch.setattr(checkpoints, "HERE", scripts)
+
+    def made(seed: int, config: str) -> str:
+        def write(folder: Path, shape: str) -> None:
+            folder.mkdir()
+            (folder / "config.json").write_text(config)
+
+        monkeypatch.setattr(checkpoints, "_SEED", seed)
+        monkeypatch.setattr(checkpoints, "_write_checkpoint", write)
+        env = Environment(Path(sys.prefix), {}, "1")
+        return checkpoints.gguf(tmp_path, shape, "F32", env, time.monotonic() + 60).read_text()
+
+    assert made(0, "{}") == "converted"
+    (tmp_path / "models" / shape / "F32.gguf").write_text("kept")
+    assert made(1, "{}") == "kept"  # other code, the same files
+    assert made(2, "[]") == "converted"
+
+
 def test_no_id_ends_a_sequence_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint("qwen2", tmp_path / "model", eos_token_id=list(range(199)))
     monkeypatch.syspath_prepend(str(Path(checkpoints.__file__).parent))
