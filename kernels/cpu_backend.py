@@ -36,7 +36,7 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_panel_width": ([], _L),
     "mr_pack": ([_P, _I, _P, _L, _L, _I], None),
-    "mr_linear": ([_P, _P, _I, _P, _L, _P, _P, _L, _L, _L, _I], None),
+    "mr_product": ([_P, _P, _P, _L, _I], None),
     "mr_unpack_rows": ([_P, _I, _P, _L, _P, _P, _L, _L, _L], _L),
     "mr_rms_norm": ([_P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_layer_norm": ([_P, _P, _P, _P, _P, _L, _L, _F, _I], None),
@@ -49,7 +49,6 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
     "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
     "mr_quantized_rows": ([_P, _P, _P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
-    "mr_quantized_linear": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),

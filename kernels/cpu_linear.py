@@ -15,7 +15,7 @@ KINDS = MappingProxyType(  # `Kind` of cpu/kernels.h
 
 
 class MatrixC(ctypes.Structure):
-    """`Matrix` of cpu/decoder.cpp."""
+    """`Matrix` of cpu/kernels.h."""
 
     _fields_ = [
         ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("out", ctypes.c_int64), ("in_", ctypes.c_int64),
@@ -47,6 +47,7 @@ class CpuLinear(PackedLinear):
         self._scales = state.tensors.get("scales")
         self.dtype = self._packed.dtype
         self.weight_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
+        self._matrix = self.matrix_c()
 
     @staticmethod
     def fault(library: ctypes.CDLL, state: PackedState) -> str:
@@ -73,18 +74,16 @@ class CpuLinear(PackedLinear):
         return self._state
 
     def matrix_c(self) -> MatrixC:
-        """The matrix as decoder.cpp knows it; it must not outlive this object."""
+        """The matrix as the library knows it; it must not outlive this object."""
         return MatrixC(
             self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._kind,
             self._group_bits, pointer(self._scales), None, None,
         )  # fmt: skip
 
     def apply(self, x: Tensor, y: Tensor) -> None:
-        self._library.mr_linear(
-            x.data_ptr(), self._packed.data_ptr(), self._kind, pointer(self._scales), self._group_bits,
-            self._bias.data_ptr(), y.data_ptr(), x.shape[0], self.out_features, self.in_features,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        self._library.mr_product(
+            ctypes.byref(self._matrix), x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads()
+        )
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         tokens = tokens.contiguous()

@@ -25,6 +25,7 @@ class CpuQuantized(PackedLinear):
         self._packed, self._bias = state.tensors["packed"], state.tensors["bias"]
         self._codebook, self._order = state.tensors.get("codebook"), state.tensors.get("order")
         self.weight_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
+        self._matrix = self.matrix_c()
 
     @staticmethod
     def fault(library: ctypes.CDLL, state: PackedState) -> str:
@@ -51,18 +52,16 @@ class CpuQuantized(PackedLinear):
         return self._state
 
     def matrix_c(self) -> MatrixC:
-        """The matrix as decoder.cpp knows it; it must not outlive this object."""
+        """The matrix as the library knows it; it must not outlive this object."""
         return MatrixC(
             self._packed.data_ptr(), self._bias.data_ptr(), self.out_features, self.in_features, self._bits,
             self._group, None, pointer(self._codebook), pointer(self._order),
         )  # fmt: skip
 
     def apply(self, x: Tensor, y: Tensor) -> None:
-        self._library.mr_quantized_linear(
-            x.data_ptr(), self._packed.data_ptr(), pointer(self._codebook), pointer(self._order),
-            self._bias.data_ptr(), y.data_ptr(), x.shape[0], self.out_features, self.in_features, self._group,
-            self._bits, torch.get_num_threads(),
-        )  # fmt: skip
+        self._library.mr_product(
+            ctypes.byref(self._matrix), x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads()
+        )
 
     def row_lookup(self, tokens: Tensor) -> Tensor:
         tokens = tokens.contiguous()

@@ -24,23 +24,14 @@ constexpr int ROWS = VL == 16 ? 6 : 3;  // rows of a register tile: ROWS x 4 acc
 constexpr float LOWEST = -1e30f;  // stands for minus infinity: differences of it stay finite
 constexpr float SMALLEST = 1.17549435e-38f;  // below it floats are denormal, for which processors are slow
 
-struct Problem {
-    const float* q;       // [num_tokens][num_heads][dim], q_stride elements from token to token
-    const KvPool& pool;
-    const int32_t* query_starts;  // [num_seqs + 1]
-    const int32_t* context_lens;  // [num_seqs]
-    const int32_t* block_tables;  // [num_seqs][max_blocks]
-    float* out;           // [num_tokens][num_heads][dim]
-    long num_seqs, max_blocks, num_heads, num_kv_heads, dim, q_stride, window;  // window 0: all keys are seen
-    float scale;
-    long group() const { return num_heads / num_kv_heads; }
-    long tile_tokens() const { return most(1, TILE_ROWS / group()); }
-};
+using Task = Attention::Task;
 
-// Query tokens [first, first + count) of a sequence, for one kv head; positions are in the sequence.
-struct Task {
-    long seq, kv_head, token, position, count;
-    long first_key, last_key;  // what any of its rows may see: [first_key, last_key)
+struct Problem {
+    const Attention& shape;
+    const float* q;  // [num_tokens][num_heads][dim], q_stride elements from token to token
+    const KvPool& pool;
+    float scale;     // of scores
+    float* out;      // [num_tokens][num_heads][dim]
 };
 
 // c[R][NV * VL] (+)= a[R][k] b[k][NV * VL], with b in pieces of `piece` rows.
@@ -126,10 +117,10 @@ __attribute__((noinline)) Space& own_space() {
 
 // Rows of a task: row r is token r / group, head kv_head * group + r % group.
 void gather_queries(const Problem& p, const Task& task, float* to) {
-    long group = p.group();
+    const long group = p.shape.group(), dim = p.shape.heads.dim;
     for (long r = 0; r < task.count * group; r++) {
-        const float* from = p.q + (task.token + r / group) * p.q_stride + (task.kv_head * group + r % group) * p.dim;
-        for (long i = 0; i < p.dim; i++) to[r * p.dim + i] = from[i] * p.scale;
+        const float* from = p.q + (task.token + r / group) * p.shape.q_stride + (task.kv_head * group + r % group) * dim;
+        for (long i = 0; i < dim; i++) to[r * dim + i] = from[i] * p.scale;
     }
 }
 
@@ -151,14 +142,15 @@ template <class Kv>
 __attribute__((noinline)) void attend_segment(const Problem& p, const Task& task, long segment, const float* query,
                                               float* state, Space& space) {
     typedef typename Kv::Element Element;
-    const long dim = p.dim, group = p.group(), rows = task.count * group, stride = dim + 2;
+    const Attention& shape = p.shape;
+    const long dim = shape.heads.dim, group = shape.group(), rows = task.count * group, stride = dim + 2;
     const long begin = most(segment * SEGMENT, task.first_key / BLOCK_SIZE * BLOCK_SIZE);
     const long end = least((segment + 1) * SEGMENT, task.last_key);
     const long pieces = ceil_div(end - begin, BLOCK_SIZE), keys = end - begin;
-    const int32_t* table = p.block_tables + task.seq * p.max_blocks + begin / BLOCK_SIZE;
+    const int32_t* table = shape.block_tables + task.seq * shape.max_blocks + begin / BLOCK_SIZE;
     const Element *key_pool = (const Element*)p.pool.keys, *value_pool = (const Element*)p.pool.values;
     const Element *key_blocks[SEGMENT_BLOCKS], *value_blocks[SEGMENT_BLOCKS];
-    const auto slot_of = [&](long i) { return ((long)table[i] * p.num_kv_heads + task.kv_head) * BLOCK_SIZE; };
+    const auto slot_of = [&](long i) { return ((long)table[i] * shape.heads.kv + task.kv_head) * BLOCK_SIZE; };
     for (long i = 0; i < pieces; i++) {
         const long slot = slot_of(i);
         key_blocks[i] = key_pool + slot * dim;
@@ -224,7 +216,7 @@ __attribute__((noinline)) void attend_segment(const Problem& p, const Task& task
             float* scores = space.scores + r * SEGMENT;
             const long position = task.position + (r0 + r) / group;
             const int32_t stop = (int32_t)(least(end, position + 1) - begin);
-            const int32_t start = (int32_t)(p.window ? most(0, position - p.window + 1 - begin) : 0);
+            const int32_t start = (int32_t)(shape.window ? most(0, position - shape.window + 1 - begin) : 0);
             starts[r] = start;
             stops[r] = stop;
             vf top = splat(LOWEST);
@@ -279,28 +271,13 @@ void clear_state(float* state, long rows, long stride) {
 }
 
 void write_result(const Problem& p, const Task& task, const float* state) {
-    const long group = p.group(), stride = p.dim + 2;
+    const long group = p.shape.group(), dim = p.shape.heads.dim, stride = dim + 2;
     for (long r = 0; r < task.count * group; r++) {
         const float* from = state + r * stride;
-        float* to = p.out + ((task.token + r / group) * p.num_heads + task.kv_head * group + r % group) * p.dim;
+        float* to = p.out + ((task.token + r / group) * p.shape.heads.q + task.kv_head * group + r % group) * dim;
         const vf inverse = splat(1.0f / from[1]);
-        for (long i = 0; i < p.dim; i += VL) store(to + i, load(from + 2 + i) * inverse);
+        for (long i = 0; i < dim; i += VL) store(to + i, load(from + 2 + i) * inverse);
     }
-}
-
-std::vector<Task> plan(const Problem& p) {
-    std::vector<Task> tasks;
-    const long tile = p.tile_tokens();
-    for (long seq = 0; seq < p.num_seqs; seq++) {
-        const long count = p.query_starts[seq + 1] - p.query_starts[seq], base = p.context_lens[seq] - count;
-        for (long first = 0; first < count; first += tile) {
-            const long size = least(tile, count - first), position = base + first;
-            const long first_key = p.window ? most(0, position - p.window + 1) : 0;
-            for (long head = 0; head < p.num_kv_heads; head++)
-                tasks.push_back({seq, head, p.query_starts[seq] + first, position, size, first_key, position + size});
-        }
-    }
-    return tasks;
 }
 
 long first_segment(const Task& task) { return task.first_key / SEGMENT; }
@@ -308,80 +285,93 @@ long end_segment(const Task& task) { return ceil_div(task.last_key, SEGMENT); }
 
 template <class Kv>
 void run_task(const Problem& p, const Task& task, Space& space) {
-    const long rows = task.count * p.group();
-    float* query = space.query.get(rows * p.dim);
-    float* state = space.state.get(rows * (p.dim + 2));
+    const long rows = task.count * p.shape.group(), dim = p.shape.heads.dim;
+    float* query = space.query.get(rows * dim);
+    float* state = space.state.get(rows * (dim + 2));
     gather_queries(p, task, query);
-    clear_state(state, rows, p.dim + 2);
+    clear_state(state, rows, dim + 2);
     for (long segment = first_segment(task); segment < end_segment(task); segment++)
         attend_segment<Kv>(p, task, segment, query, state, space);
     write_result(p, task, state);
 }
 
-// Too few tasks to keep the threads busy: every (task, segment) is computed apart, and the segments are merged after.
+// Every (task, segment) is computed apart, and the segments are merged after.
 template <class Kv>
-void run_split(const Problem& p, const std::vector<Task>& tasks, int threads) {
-    static thread_local Scratch partial_scratch;
-    struct Unit {
-        long task, segment, offset;
-    };
-    std::vector<Unit> units;
-    long size = 0;
-    const long stride = p.dim + 2;
-    for (size_t i = 0; i < tasks.size(); i++)
-        for (long segment = first_segment(tasks[i]); segment < end_segment(tasks[i]); segment++) {
-            units.push_back({(long)i, segment, size});
-            size += tasks[i].count * p.group() * stride;
-        }
-    float* partial = partial_scratch.get(size);
-    std::atomic<long> next{0};
-#pragma omp parallel num_threads(threads)
-    {
-        Space& space = own_space();
-        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)units.size();) {
-            const Task& task = tasks[units[i].task];
-            const long rows = task.count * p.group();
-            float* query = space.query.get(rows * p.dim);
-            gather_queries(p, task, query);
-            clear_state(partial + units[i].offset, rows, stride);
-            attend_segment<Kv>(p, task, units[i].segment, query, partial + units[i].offset, space);
-        }
+void run_units(const Problem& p, float* partial, Team& team) {
+    const Attention& shape = p.shape;
+    const long dim = shape.heads.dim, stride = dim + 2;
+    Space& space = own_space();
+    for (long i; (i = team.grab()) < (long)shape.units.size();) {
+        const Attention::Unit& unit = shape.units[i];
+        const Task& task = shape.tasks[unit.task];
+        const long rows = task.count * shape.group();
+        float* query = space.query.get(rows * dim);
+        gather_queries(p, task, query);
+        clear_state(partial + unit.offset, rows, stride);
+        attend_segment<Kv>(p, task, unit.segment, query, partial + unit.offset, space);
     }
-    for (size_t i = 0, unit = 0; i < tasks.size(); i++) {
-        const long rows = tasks[i].count * p.group();
-        float* state = own_space().state.get(rows * stride);
-        clear_state(state, rows, stride);
-        for (; unit < units.size() && units[unit].task == (long)i; unit++)
-            for (long r = 0; r < rows; r++) {
-                const float* part = partial + units[unit].offset + r * stride;
-                merge_row(state + r * stride, part[0], part[1], part + 2, p.dim);
-            }
-        write_result(p, tasks[i], state);
-    }
+    team.barrier();
+    team.share((long)shape.tasks.size(), [&](long begin, long end) {
+        long at = 0;
+        while (at < (long)shape.units.size() && shape.units[at].task < begin) at++;
+        for (long i = begin; i < end; i++) {
+            const long rows = shape.tasks[i].count * shape.group();
+            float* state = space.state.get(rows * stride);
+            clear_state(state, rows, stride);
+            for (; at < (long)shape.units.size() && shape.units[at].task == i; at++)
+                for (long r = 0; r < rows; r++) {
+                    const float* part = partial + shape.units[at].offset + r * stride;
+                    merge_row(state + r * stride, part[0], part[1], part + 2, dim);
+                }
+            write_result(p, shape.tasks[i], state);
+        }
+    });
+    team.barrier();
 }
 
 template <class Kv>
-void run(const Problem& p, const std::vector<Task>& tasks, int threads) {
-    long longest = 0, total = 0;
-    for (const Task& task : tasks) {
-        const long work = (end_segment(task) - first_segment(task)) * task.count;
-        longest = most(longest, work);
-        total += work;
-    }
-    if (longest * threads > total + total / 2) {
-        run_split<Kv>(p, tasks, threads);
-        return;
-    }
-    std::atomic<long> next{0};
-#pragma omp parallel num_threads(threads)
-    {
-        Space& space = own_space();
-        for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < (long)tasks.size();)
-            run_task<Kv>(p, tasks[i], space);
-    }
+void run(const Problem& p, float* space, Team& team) {
+    if (!p.shape.units.empty()) return run_units<Kv>(p, space, team);
+    for (long i; (i = team.grab()) < (long)p.shape.tasks.size();) run_task<Kv>(p, p.shape.tasks[i], own_space());
+    team.barrier();
 }
 
 }  // namespace
+
+long plan_attention(Attention& a, long num_blocks, int threads) {
+    const long tile = most(1, TILE_ROWS / a.group());
+    long longest = 0, total = 0;
+    for (long seq = 0; seq < a.num_seqs; seq++) {
+        const long count = a.query_starts[seq + 1] - a.query_starts[seq], base = a.context_lens[seq] - count;
+        for (long first = 0; first < count; first += tile) {
+            const long size = least(tile, count - first), position = base + first;
+            const long first_key = a.window ? most(0, position - a.window + 1) : 0, last_key = position + size;
+            for (long i = first_key / BLOCK_SIZE; i < ceil_div(last_key, BLOCK_SIZE); i++) {
+                const int32_t block = a.block_tables[seq * a.max_blocks + i];
+                if (block < 0 || block >= num_blocks) return seq + 1;
+            }
+            for (long head = 0; head < a.heads.kv; head++) {
+                a.tasks.push_back({seq, head, a.query_starts[seq] + first, position, size, first_key, last_key});
+                const long work = (end_segment(a.tasks.back()) - first_segment(a.tasks.back())) * size;
+                longest = most(longest, work);
+                total += work;
+            }
+        }
+    }
+    if (longest * threads > total + total / 2)
+        for (size_t i = 0; i < a.tasks.size(); i++)
+            for (long segment = first_segment(a.tasks[i]); segment < end_segment(a.tasks[i]); segment++) {
+                a.units.push_back({(long)i, segment, a.space});
+                a.space += a.tasks[i].count * a.group() * (a.heads.dim + 2);
+            }
+    return 0;
+}
+
+void attend(const Attention& attention, const float* q, const KvPool& pool, float scale, float* out, float* space,
+            Team& team) {
+    const Problem p{attention, q, pool, scale, out};
+    with_kv(pool.kind, [&](auto kv) { run<decltype(kv)>(p, space, team); });
+}
 
 EXPORT long mr_attention_max_dim() { return MAX_DIM; }
 EXPORT long mr_attention_dim_step() { return VL; }
@@ -391,14 +381,12 @@ EXPORT long mr_attention(const float* q, const KvPool* pool, const int32_t* quer
                          const int32_t* block_tables, float* out, long num_seqs, long max_blocks, long num_blocks,
                          long num_heads, long num_kv_heads, long dim, long q_stride, long window, float scale,
                          int threads) {
-    Problem p{q,          *pool,     query_starts, context_lens, block_tables, out,   num_seqs,
-              max_blocks, num_heads, num_kv_heads, dim,          q_stride,     window, scale};
-    std::vector<Task> tasks = plan(p);
-    for (const Task& task : tasks)
-        for (long i = task.first_key / BLOCK_SIZE; task.kv_head == 0 && i < ceil_div(task.last_key, BLOCK_SIZE); i++) {
-            const int32_t block = block_tables[task.seq * max_blocks + i];
-            if (block < 0 || block >= num_blocks) return task.seq + 1;
-        }
-    with_kv(pool->kind, [&](auto kv) { run<decltype(kv)>(p, tasks, threads); });
+    static thread_local Scratch scratch;
+    Attention attention{{num_heads, num_kv_heads, dim}, query_starts, context_lens, block_tables, num_seqs, max_blocks,
+                        q_stride, window, {}, {}};
+    const long bad = plan_attention(attention, num_blocks, threads);
+    if (bad) return bad;
+    float* space = scratch.get(attention.space);
+    with_team(threads, [&](Team& team) { attend(attention, q, *pool, scale, out, space, team); });
     return 0;
 }

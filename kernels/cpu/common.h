@@ -2,12 +2,10 @@
 // GCC and Clang vector extensions only, so that one source serves AVX-512, AVX2 and anything narrower.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
-#include <omp.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif

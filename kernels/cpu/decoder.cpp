@@ -10,20 +10,6 @@ namespace {
 constexpr long BLOCK_SIZE = 16;  // slots per KV block
 constexpr long MLP_ROWS = 512;   // rows whose intermediates exist at a time
 
-struct Matrix {
-    const void* weight;  // packed
-    const float* bias;   // padded
-    int64_t out, in, kind, group;  // of FLOAT8 the group's logarithm
-    const float* scales;           // of FLOAT8
-    const uint8_t* codebook;       // of 4 bits, or null
-    const int64_t* order;          // of the inputs, or null
-};
-
-struct Norm {
-    const float *weight, *bias;
-    double eps;
-};
-
 struct Layer {
     Norm input_norm;
     Matrix qkv;
@@ -40,6 +26,7 @@ struct Decoder {
     Norm final_norm;
     const float* cos_sin;  // [max_positions][rotary_dim], or null
     int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, rotary_dim, max_positions, is_rms, is_gated;
+    Heads heads() const { return {num_heads, num_kv_heads, head_dim}; }
 };
 
 struct Batch {
@@ -57,53 +44,121 @@ struct Batch {
     }
 };
 
-struct Pass {
-    const Decoder& decoder;
-    const Batch& batch;
-    int threads;
-
-    void linear(const Matrix& matrix, const float* x, float* y, long rows) const {
-        if (matrix.kind > INT8)
-            mr_linear(x, matrix.weight, matrix.kind, matrix.scales, matrix.group, matrix.bias, y, rows, matrix.out,
-                      matrix.in, threads);
-        else
-            mr_quantized_linear(x, (const uint8_t*)matrix.weight, matrix.codebook, matrix.order, matrix.bias, y, rows,
-                                matrix.out, matrix.in, matrix.group, matrix.kind, threads);
-    }
-    // y = norm(x + residual), where residual takes the sum; without a residual y = norm(x).
-    void norm(const Norm& norm, const float* x, float* residual, float* y, long rows) const {
-        if (decoder.is_rms)
-            mr_rms_norm(x, residual, norm.weight, y, rows, decoder.hidden, norm.eps, threads);
-        else
-            mr_layer_norm(x, residual, norm.weight, norm.bias, y, rows, decoder.hidden, norm.eps, threads);
-    }
-    void mlp(const Layer& layer, const float* x, float* y, long rows) const {
-        static thread_local Scratch up_space, inner_space;
-        float* up = up_space.get(least(rows, MLP_ROWS) * layer.up.out);
-        float* inner = inner_space.get(least(rows, MLP_ROWS) * layer.down.in);
-        for (long row = 0; row < rows; row += MLP_ROWS) {
-            const long count = least(MLP_ROWS, rows - row);
-            linear(layer.up, x + row * decoder.hidden, up, count);
-            if (decoder.is_gated)
-                mr_silu_mul(up, inner, count, layer.down.in, threads);
-            else
-                mr_gelu_tanh(up, inner, count * layer.down.in, threads);
-            linear(layer.down, inner, y + row * decoder.hidden, count);
-        }
-    }
+// Working space for all of a team.
+struct Space {
+    float *x, *qkv, *attended, *wanted, *up, *inner, *product, *attention;
 };
 
-void gather_rows(const float* x, const int64_t* rows, float* to, long count, long width) {
-    for (long i = 0; i < count; i++) memcpy(to + i * width, x + rows[i] * width, width * sizeof(float));
+Space take_space(const Decoder& decoder, const Batch& batch, const std::vector<Attention>& attentions) {
+    static thread_local Scratch x, qkv, attended, wanted, up, inner, products, attention;  // stay with who calls
+    const long rows = batch.num_tokens, mlp_rows = least(rows, MLP_ROWS), hidden = decoder.hidden;
+    const long q_width = decoder.num_heads * decoder.head_dim;
+    long qkv_width = 0, up_width = 0, inner_width = 0, product = 0, split = 0;
+    for (long i = 0; i < decoder.num_layers; i++) {
+        const Layer& layer = decoder.layers[i];
+        qkv_width = most(qkv_width, layer.qkv.out);
+        up_width = most(up_width, layer.up.out);
+        inner_width = most(inner_width, layer.down.in);
+        product = most(product, most(product_space(layer.qkv, rows), product_space(layer.output, rows)));
+        product = most(product, most(product_space(layer.up, mlp_rows), product_space(layer.down, mlp_rows)));
+    }
+    for (const Attention& each : attentions) split = most(split, each.space);
+    return {x.get(most(rows, batch.num_logits) * hidden), qkv.get(rows * qkv_width),
+            attended.get(rows * q_width),                 wanted.get(batch.num_logits * (q_width + hidden)),
+            up.get(mlp_rows * up_width),                  inner.get(mlp_rows * inner_width),
+            products.get(product),                        attention.get(split)};
 }
+
+const Attention* find(const std::vector<Attention>& attentions, long window) {
+    for (const Attention& each : attentions)
+        if (each.window == window) return &each;
+    return nullptr;
+}
+
+// All layers, by one thread of a team.
+class Pass {
+  public:
+    Pass(const Decoder& decoder, const Batch& batch, const std::vector<Attention>& attentions, const Space& space,
+         Team& team)
+        : decoder(decoder), batch(batch), attentions(attentions), space(space), team(team) {}
+
+    void run(float* residual, float* out) {
+        const Heads heads = decoder.heads();
+        float *x = space.x, *attended = space.attended;
+        long rows = batch.num_tokens;
+        norm(decoder.layers[0].input_norm, residual, nullptr, x, rows);
+        for (long index = 0; index < decoder.num_layers; index++) {
+            const Layer& layer = decoder.layers[index];
+            const bool is_last = index + 1 == decoder.num_layers;
+            const KvPool pool = batch.pool(index, batch.num_blocks * heads.kv * BLOCK_SIZE, heads.dim);
+            const ToCache how{heads, layer.q_norm.weight, layer.k_norm.weight, (float)layer.q_norm.eps, decoder.cos_sin,
+                              decoder.rotary_dim, batch.positions, batch.slots};
+            linear(layer.qkv, x, space.qkv, rows);
+            qkv_to_cache(space.qkv, how, pool, rows, team);
+            if (is_last && batch.num_logits == 0) return;
+            attend(*find(attentions, layer.window), space.qkv, pool, layer.scale, attended, space.attention, team);
+            if (is_last) {  // past the last keys and values only the rows that want logits matter
+                const long width = heads.q * heads.dim;
+                rows = batch.num_logits;
+                float* wanted_residual = space.wanted + rows * width;
+                gather_rows(attended, space.wanted, width);
+                gather_rows(residual, wanted_residual, decoder.hidden);
+                attended = space.wanted;
+                residual = wanted_residual;
+            }
+            linear(layer.output, attended, x, rows);
+            norm(layer.post_attention_norm, x, residual, x, rows);
+            mlp(layer, x, rows);
+            norm(is_last ? decoder.final_norm : decoder.layers[index + 1].input_norm, x, residual, is_last ? out : x,
+                 rows);
+        }
+    }
+
+  private:
+    void linear(const Matrix& matrix, const float* x, float* y, long rows) {
+        product(matrix, x, y, rows, space.product, team);
+    }
+    // y = norm(x + residual), where residual takes the sum; without a residual y = norm(x).
+    void norm(const Norm& norm, const float* x, float* residual, float* y, long rows) {
+        if (decoder.is_rms)
+            rms_norm(x, residual, norm, y, rows, decoder.hidden, team);
+        else
+            layer_norm(x, residual, norm, y, rows, decoder.hidden, team);
+    }
+    void mlp(const Layer& layer, float* x, long rows) {
+        for (long row = 0; row < rows; row += MLP_ROWS) {
+            const long count = least(MLP_ROWS, rows - row);
+            float* from = x + row * decoder.hidden;
+            linear(layer.up, from, space.up, count);
+            if (decoder.is_gated)
+                silu_mul(space.up, space.inner, count, layer.down.in, team);
+            else
+                gelu_tanh(space.up, space.inner, count * layer.down.in, team);
+            linear(layer.down, space.inner, from, count);
+        }
+    }
+    // to [num_logits][width] = the rows of x that want logits
+    void gather_rows(const float* x, float* to, long width) {
+        team.share(batch.num_logits, [&](long begin, long end) {
+            for (long i = begin; i < end; i++)
+                memcpy(to + i * width, x + batch.logits_indices[i] * width, width * sizeof(float));
+        });
+        team.barrier();
+    }
+
+    const Decoder& decoder;
+    const Batch& batch;
+    const std::vector<Attention>& attentions;
+    const Space space;
+    Team& team;
+};
 
 }  // namespace
 
 // residual [num_tokens][hidden] comes as embeddings and is used up; out [num_logits][hidden] is what the output matrix
-// multiplies. Returns 0, or what is wrong: 1 + 4 * token for its position, 2 + 4 * token for its slot, 3 + 4 * index for
-// a row of logits, 4 + 4 * sequence for its block table. Nothing outside the given memory is touched.
+// multiplies. Returns 0, or what is wrong, and then nothing was written: 1 + 4 * token for its position, 2 + 4 * token
+// for its slot, 3 + 4 * index for a row of logits, 4 + 4 * sequence for its block table.
 EXPORT int64_t mr_decoder(const Decoder* decoder_, const Batch* batch_, float* residual, float* out) {
-    static thread_local Scratch x_space, qkv_space, attended_space, wanted_space;
     const Decoder& decoder = *decoder_;
     const Batch& batch = *batch_;
     for (long t = 0; t < batch.num_tokens; t++) {
@@ -113,40 +168,17 @@ EXPORT int64_t mr_decoder(const Decoder* decoder_, const Batch* batch_, float* r
     for (long i = 0; i < batch.num_logits; i++)
         if (batch.logits_indices[i] < 0 || batch.logits_indices[i] >= batch.num_tokens) return 3 + 4 * i;
 
-    const Pass pass{decoder, batch, (int)batch.threads};
-    const long hidden = decoder.hidden, dim = decoder.head_dim;
-    const long q_width = decoder.num_heads * dim, qkv_width = q_width + 2 * decoder.num_kv_heads * dim;
-    long rows = batch.num_tokens;
-    float* x = x_space.get(most(rows, batch.num_logits) * hidden);
-    float* qkv = qkv_space.get(rows * qkv_width);
-    float* attended = attended_space.get(rows * q_width);
-    pass.norm(decoder.layers[0].input_norm, residual, nullptr, x, rows);
+    const Heads heads = decoder.heads();
+    std::vector<Attention> attentions;  // of each window
     for (long index = 0; index < decoder.num_layers; index++) {
-        const Layer& layer = decoder.layers[index];
-        const bool is_last = index + 1 == decoder.num_layers;
-        const KvPool pool = batch.pool(index, batch.num_blocks * decoder.num_kv_heads * BLOCK_SIZE, dim);
-        pass.linear(layer.qkv, x, qkv, rows);
-        mr_qkv_to_cache(qkv, layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps, decoder.cos_sin,
-                        batch.positions, batch.slots, &pool, rows, decoder.num_heads, decoder.num_kv_heads, dim,
-                        decoder.rotary_dim, pass.threads);
-        if (is_last && batch.num_logits == 0) return 0;
-        const long bad = mr_attention(qkv, &pool, batch.query_starts, batch.context_lens, batch.block_tables, attended,
-                                      batch.num_seqs, batch.max_blocks, batch.num_blocks, decoder.num_heads,
-                                      decoder.num_kv_heads, dim, qkv_width, layer.window, layer.scale, pass.threads);
+        const long window = decoder.layers[index].window;
+        if (find(attentions, window)) continue;
+        attentions.push_back({heads, batch.query_starts, batch.context_lens, batch.block_tables, batch.num_seqs,
+                              batch.max_blocks, (heads.q + 2 * heads.kv) * heads.dim, window, {}, {}});
+        const long bad = plan_attention(attentions.back(), batch.num_blocks, (int)batch.threads);
         if (bad) return 4 + 4 * (bad - 1);
-        if (is_last) {  // past the last keys and values only the rows that want logits matter
-            rows = batch.num_logits;
-            float* wanted = wanted_space.get(rows * (q_width + hidden));
-            gather_rows(attended, batch.logits_indices, wanted, rows, q_width);
-            gather_rows(residual, batch.logits_indices, wanted + rows * q_width, rows, hidden);
-            attended = wanted;
-            residual = wanted + rows * q_width;
-        }
-        pass.linear(layer.output, attended, x, rows);
-        pass.norm(layer.post_attention_norm, x, residual, x, rows);
-        pass.mlp(layer, x, x, rows);
-        pass.norm(is_last ? decoder.final_norm : decoder.layers[index + 1].input_norm, x, residual, is_last ? out : x,
-                  rows);
     }
+    const Space space = take_space(decoder, batch, attentions);
+    with_team((int)batch.threads, [&](Team& team) { Pass(decoder, batch, attentions, space, team).run(residual, out); });
     return 0;
 }

@@ -1,5 +1,5 @@
-// Norms, activations, rotary embedding and KV writes: one pass over memory each, rows shared among threads when there
-// is enough to share. A row's result depends on that row alone.
+// Norms, activations, rotary embedding and KV writes: one pass over memory each, shared among threads. A row's result
+// depends on that row alone.
 
 #include "common.h"
 #include "kernels.h"
@@ -8,9 +8,10 @@
 
 namespace {
 
-constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this a thread team costs more than it saves
+constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this it costs more to begin a team than it saves
+constexpr long CHUNK = 1024;                 // elements of a row that one thread activates at a time
 
-INLINE int team(long elements, int threads) { return elements < PARALLEL_ELEMENTS ? 1 : threads; }
+INLINE int useful(long elements, int threads) { return elements < PARALLEL_ELEMENTS ? 1 : threads; }
 
 // Rows whose length is no multiple of VL end in a partial vector, which goes through a buffer.
 INLINE vf load_part(const float* p, long count) {
@@ -53,81 +54,106 @@ INLINE void rms_norm_row(const float* from, const float* weight, float* to, long
 // 1 / (1 + exp(-x))
 INLINE vf logistic(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 
-}  // namespace
-
-// y = x / rms(x) * weight. With a residual, x + residual is written there first and takes the place of x.
-EXPORT void mr_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long width, float eps,
-                        int threads) {
-#pragma omp parallel for num_threads(team(rows* width, threads)) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float* from = x + row * width;
-        if (residual) {
-            float* sum = residual + row * width;
-            each_vector(width, [&](long i, long n) { put(sum + i, take(from + i, n) + take(sum + i, n), n); });
-            from = sum;
+void layer_norm_row(const float* from, const Norm& norm, float* to, long width) {
+    vf total{};
+    each_vector(width, [&](long i, long n) { total += take(from + i, n); });
+    const float mean = hsum(total) / width;
+    vf squares{};
+    float lanes[VL];
+    each_vector(width, [&](long i, long n) {
+        vf v = take(from + i, n) - mean;
+        if (n < VL) {  // lanes past the end are not part of the row
+            store(lanes, v);
+            for (long j = n; j < VL; j++) lanes[j] = 0.0f;
+            v = load(lanes);
         }
-        rms_norm_row(from, weight, y + row * width, width, eps);
-    }
+        squares += v * v;
+    });
+    const vf scale = splat(1.0f / sqrtf(hsum(squares) / width + (float)norm.eps));
+    each_vector(width, [&](long i, long n) {
+        vf v = (take(from + i, n) - mean) * scale * take(norm.weight + i, n);
+        put(to + i, norm.bias ? v + take(norm.bias + i, n) : v, n);
+    });
 }
 
-// y = (x - mean) / sqrt(variance + eps) * weight + bias (bias may be null); the residual as in mr_rms_norm.
-EXPORT void mr_layer_norm(const float* x, float* residual, const float* weight, const float* bias, float* y, long rows,
-                          long width, float eps, int threads) {
-#pragma omp parallel for num_threads(team(rows* width, threads)) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float* from = x + row * width;
-        if (residual) {
-            float* sum = residual + row * width;
-            each_vector(width, [&](long i, long n) { put(sum + i, take(from + i, n) + take(sum + i, n), n); });
-            from = sum;
-        }
-        vf total{};
-        each_vector(width, [&](long i, long n) { total += take(from + i, n); });
-        const float mean = hsum(total) / width;
-        vf squares{};
-        float lanes[VL];
-        each_vector(width, [&](long i, long n) {
-            vf v = take(from + i, n) - mean;
-            if (n < VL) {  // lanes past the end are not part of the row
-                store(lanes, v);
-                for (long j = n; j < VL; j++) lanes[j] = 0.0f;
-                v = load(lanes);
+// f(from, to) for each row. With a residual, x + residual is written there first and takes the place of x.
+template <class F>
+INLINE void each_row(const float* x, float* residual, float* y, long rows, long width, Team& team, F f) {
+    team.share(rows, [&](long begin, long end) {
+        for (long row = begin; row < end; row++) {
+            const float* from = x + row * width;
+            if (residual) {
+                float* sum = residual + row * width;
+                each_vector(width, [&](long i, long n) { put(sum + i, take(from + i, n) + take(sum + i, n), n); });
+                from = sum;
             }
-            squares += v * v;
-        });
-        const vf scale = splat(1.0f / sqrtf(hsum(squares) / width + eps));
-        float* to = y + row * width;
-        each_vector(width, [&](long i, long n) {
-            vf v = (take(from + i, n) - mean) * scale * take(weight + i, n);
-            put(to + i, bias ? v + take(bias + i, n) : v, n);
-        });
-    }
+            f(from, y + row * width);
+        }
+    });
+    team.barrier();
+}
+
+}  // namespace
+
+// y = x / rms(x) * weight
+void rms_norm(const float* x, float* residual, const Norm& norm, float* y, long rows, long width, Team& team) {
+    each_row(x, residual, y, rows, width, team,
+             [&](const float* from, float* to) { rms_norm_row(from, norm.weight, to, width, (float)norm.eps); });
+}
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias, which may be null
+void layer_norm(const float* x, float* residual, const Norm& norm, float* y, long rows, long width, Team& team) {
+    each_row(x, residual, y, rows, width, team,
+             [&](const float* from, float* to) { layer_norm_row(from, norm, to, width); });
 }
 
 // gate_up [rows][2 * width] -> y [rows][width]
-EXPORT void mr_silu_mul(const float* gate_up, float* y, long rows, long width, int threads) {
-#pragma omp parallel for num_threads(team(rows* width, threads)) schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float *gate = gate_up + row * 2 * width, *up = gate + width;
-        float* to = y + row * width;
-        each_vector(width, [&](long i, long n) {
-            vf g = take(gate + i, n);
-            put(to + i, g * logistic(g) * take(up + i, n), n);
-        });
-    }
+void silu_mul(const float* gate_up, float* y, long rows, long width, Team& team) {
+    const long chunks = ceil_div(width, CHUNK);
+    team.share(rows * chunks, [&](long first, long last) {
+        for (long unit = first; unit < last; unit++) {
+            const long row = unit / chunks, begin = unit % chunks * CHUNK;
+            const float *gate = gate_up + row * 2 * width + begin, *up = gate + width;
+            float* to = y + row * width + begin;
+            each_vector(least(CHUNK, width - begin), [&](long i, long n) {
+                vf g = take(gate + i, n);
+                put(to + i, g * logistic(g) * take(up + i, n), n);
+            });
+        }
+    });
+    team.barrier();
 }
 
 // tanh(u) = 2 logistic(2u) - 1, so x/2 (1 + tanh(u)) = x logistic(2u)
-EXPORT void mr_gelu_tanh(const float* x, float* y, long count, int threads) {
-    const long chunk = 1024, chunks = ceil_div(count, chunk);
-#pragma omp parallel for num_threads(team(count, threads)) schedule(static)
-    for (long c = 0; c < chunks; c++) {
-        const long begin = c * chunk;
-        each_vector(least(chunk, count - begin), [&](long i, long n) {
+void gelu_tanh(const float* x, float* y, long count, Team& team) {
+    team.share(ceil_div(count, CHUNK), [&](long first, long last) {
+        const long begin = first * CHUNK, end = least(last * CHUNK, count);
+        each_vector(end - begin, [&](long i, long n) {
             vf v = take(x + begin + i, n);
             put(y + begin + i, v * logistic(1.5957691216f * (v + 0.044715f * v * v * v)), n);
         });
-    }
+    });
+    team.barrier();
+}
+
+EXPORT void mr_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long width, float eps,
+                        int threads) {
+    const Norm norm{weight, nullptr, eps};
+    with_team(useful(rows * width, threads), [&](Team& team) { rms_norm(x, residual, norm, y, rows, width, team); });
+}
+
+EXPORT void mr_layer_norm(const float* x, float* residual, const float* weight, const float* bias, float* y, long rows,
+                          long width, float eps, int threads) {
+    const Norm norm{weight, bias, eps};
+    with_team(useful(rows * width, threads), [&](Team& team) { layer_norm(x, residual, norm, y, rows, width, team); });
+}
+
+EXPORT void mr_silu_mul(const float* gate_up, float* y, long rows, long width, int threads) {
+    with_team(useful(rows * width, threads), [&](Team& team) { silu_mul(gate_up, y, rows, width, team); });
+}
+
+EXPORT void mr_gelu_tanh(const float* x, float* y, long count, int threads) {
+    with_team(useful(count, threads), [&](Team& team) { gelu_tanh(x, y, count, team); });
 }
 
 namespace {
@@ -169,17 +195,15 @@ INLINE void write_head(const float* from, typename Kv::Element* to, float* scale
     });
 }
 
-// k, v [heads][dim] of one token into its slot.
+// k, v [dim] of one head of one token into its slot.
 template <class Kv>
-INLINE void write_token(const float* k, const float* v, const KvPool& pool, int64_t slot, long heads, long dim) {
+INLINE void write_pair(const float* k, const float* v, const KvPool& pool, int64_t slot, long head, const Heads& heads) {
     typedef typename Kv::Element Element;
-    for (long h = 0; h < heads; h++) {
-        const long to = (slot / BLOCK_SIZE * heads + h) * BLOCK_SIZE + slot % BLOCK_SIZE;
-        float* k_scale = Kv::SCALED ? pool.key_scales + to : nullptr;
-        float* v_scale = Kv::SCALED ? pool.value_scales + to : nullptr;
-        write_head<Kv>(k + h * dim, (Element*)pool.keys + to * dim, k_scale, dim);
-        write_head<Kv>(v + h * dim, (Element*)pool.values + to * dim, v_scale, dim);
-    }
+    const long to = (slot / BLOCK_SIZE * heads.kv + head) * BLOCK_SIZE + slot % BLOCK_SIZE;
+    float* k_scale = Kv::SCALED ? pool.key_scales + to : nullptr;
+    float* v_scale = Kv::SCALED ? pool.value_scales + to : nullptr;
+    write_head<Kv>(k, (Element*)pool.keys + to * heads.dim, k_scale, heads.dim);
+    write_head<Kv>(v, (Element*)pool.values + to * heads.dim, v_scale, heads.dim);
 }
 
 }  // namespace
@@ -189,7 +213,7 @@ EXPORT long mr_rope(float* q, float* k, const float* cos_sin, const int64_t* pos
                     long k_heads, long dim, long rotary_dim, long max_positions, int threads) {
     for (long t = 0; t < tokens; t++)
         if (positions[t] < 0 || positions[t] >= max_positions) return t + 1;
-#pragma omp parallel for num_threads(team(tokens*(q_heads + k_heads) * dim, threads)) schedule(static)
+#pragma omp parallel for num_threads(useful(tokens*(q_heads + k_heads) * dim, threads)) schedule(static)
     for (long t = 0; t < tokens; t++) {
         const float *cos = cos_sin + positions[t] * rotary_dim, *sin = cos + rotary_dim / 2;
         for (long h = 0; h < q_heads; h++) rotate(q + (t * q_heads + h) * dim, cos, sin, rotary_dim / 2);
@@ -203,29 +227,31 @@ EXPORT long mr_write_kv(const float* k, const float* v, const KvPool* pool, cons
                         long heads, long dim, long num_blocks) {
     for (long t = 0; t < tokens; t++)
         if (slots[t] < 0 || slots[t] >= num_blocks * BLOCK_SIZE) return t + 1;
+    const Heads shape{heads, heads, dim};
     with_kv(pool->kind, [&](auto kv) {
-        for (long t = 0; t < tokens; t++)
-            write_token<decltype(kv)>(k + t * heads * dim, v + t * heads * dim, *pool, slots[t], heads, dim);
+        for (long i = 0; i < tokens * heads; i++)
+            write_pair<decltype(kv)>(k + i * dim, v + i * dim, *pool, slots[i / heads], i % heads, shape);
     });
     return 0;
 }
 
-// What stands between the projection and the attention, in one pass: heads of q and k are normed (if they have norms)
-// and rotated (if there is a table) in place, k and v go to their slots. qkv [tokens][(heads + 2 kv_heads) * dim];
-// positions and slots were checked by the caller.
-EXPORT void mr_qkv_to_cache(float* qkv, const float* q_norm, const float* k_norm, float eps, const float* cos_sin,
-                            const int64_t* positions, const int64_t* slots, const KvPool* pool, long tokens, long heads,
-                            long kv_heads, long dim, long rotary_dim, int threads) {
-    const long width = (heads + 2 * kv_heads) * dim;
-#pragma omp parallel for num_threads(team(tokens* width, threads)) schedule(static)
-    for (long t = 0; t < tokens; t++) {
-        float *q = qkv + t * width, *k = q + heads * dim, *v = k + kv_heads * dim;
-        for (float* head = q; head < v; head += dim) {
-            const float* norm = head < k ? q_norm : k_norm;
-            if (norm) rms_norm_row(head, norm, head, dim, eps);
-            const float* cos = cos_sin + positions[t] * rotary_dim;
-            if (cos_sin) rotate(head, cos, cos + rotary_dim / 2, rotary_dim / 2);
+// Units are the heads that share a key, of one token.
+void qkv_to_cache(float* qkv, const ToCache& how, const KvPool& pool, long tokens, Team& team) {
+    const Heads& heads = how.heads;
+    const long dim = heads.dim, group = heads.q / heads.kv, width = (heads.q + 2 * heads.kv) * dim;
+    team.share(tokens * heads.kv, [&](long begin, long end) {
+        for (long unit = begin; unit < end; unit++) {
+            const long t = unit / heads.kv, index = unit % heads.kv;
+            float *queries = qkv + t * width, *k = queries + (heads.q + index) * dim, *v = k + heads.kv * dim;
+            const float* cos = how.cos_sin ? how.cos_sin + how.positions[t] * how.rotary_dim : nullptr;
+            const auto turn = [&](float* head, const float* norm) {
+                if (norm) rms_norm_row(head, norm, head, dim, how.eps);
+                if (cos) rotate(head, cos, cos + how.rotary_dim / 2, how.rotary_dim / 2);
+            };
+            for (long h = 0; h < group; h++) turn(queries + (index * group + h) * dim, how.q_norm);
+            turn(k, how.k_norm);
+            with_kv(pool.kind, [&](auto kv) { write_pair<decltype(kv)>(k, v, pool, how.slots[t], index, heads); });
         }
-        with_kv(pool->kind, [&](auto kv) { write_token<decltype(kv)>(k, v, *pool, slots[t], kv_heads, dim); });
-    }
+    });
+    team.barrier();
 }

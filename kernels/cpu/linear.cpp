@@ -2,7 +2,7 @@
 //
 // Packed layout: [panel][k][PW] of float32, float16 or float8_e4m3fn, or bfloat16 pairs: the 32-bit word i of a row of a
 // panel holds feature i in its low half and feature VL + i in its high half, so that one load and two cheap operations
-// give two vectors. float8 has a scale for each group of k of an output, [panel][group][PW] float32.
+// give two vectors. float8 has a scale for each group of k of an output, times 2^8, [panel][group][PW] float32.
 // Each output element is one chain of fused multiply-adds over k = 0 .. K-1, begun at the bias, wherever the tiles,
 // blocks and threads fall: a row's result has the same bits for every number of rows in the batch.
 
@@ -19,7 +19,7 @@ constexpr int PW = 2 * VL;             // output features per panel
 constexpr long BLOCK_K = 1024;         // k per block
 constexpr long BLOCK_M = 192;          // rows of x per block
 constexpr long SUPER_M = 768;          // rows of x packed at a time, which bounds the scratch
-constexpr long SHARED_PACKING = 1 << 15;  // elements of x from which on the threads share its packing
+constexpr long PACKED_K = 256;   // k that a thread packs at a time
 constexpr int WIDEN_TILES = 8;         // from so many tiles on, widening a bfloat16 block once pays
 constexpr long STREAM_AHEAD = 4096;    // bytes fetched ahead in the weight stream
 
@@ -136,13 +136,15 @@ struct Rows {
     long begin(long t) const { return t * base + least(t, extra); }
 };
 
-// x as [k block][tile][k][R], the order in which tiles read it.
-void pack_rows(const Problem& p, const Rows& rows, long block_k, float* out, long part, long parts) {
-    for (long unit = part; unit < rows.tiles * ceil_div(p.k, block_k); unit += parts) {
-        long k0 = unit / rows.tiles * block_k, t = unit % rows.tiles;
-        long r0 = rows.begin(t), height = rows.begin(t + 1) - r0, kc = least(block_k, p.k - k0);
-        float* to = out + k0 * p.m + r0 * kc;
-        const float* from = p.x + r0 * p.k + k0;
+// x as [k block][tile][k][R], the order in which tiles read it. Units are pieces of a block of a tile.
+void pack_rows(const Problem& p, const Rows& rows, long block_k, float* out, long begin, long end) {
+    const long pieces = ceil_div(block_k, PACKED_K);
+    for (long unit = begin; unit < end; unit++) {
+        const long k0 = unit / pieces / rows.tiles * block_k, t = unit / pieces % rows.tiles;
+        const long first_k = unit % pieces * PACKED_K, block = least(block_k, p.k - k0);
+        const long kc = least(PACKED_K, block - first_k), r0 = rows.begin(t), height = rows.begin(t + 1) - r0;
+        float* to = out + k0 * p.m + r0 * block + first_k * height;
+        const float* from = p.x + r0 * p.k + k0 + first_k;
         long i = 0;
         for (; height > 1 && i + VL <= kc; i += VL)
             for (long first = 0; first < height; first += VL) {
@@ -151,7 +153,7 @@ void pack_rows(const Problem& p, const Rows& rows, long block_k, float* out, lon
 #pragma GCC unroll 16
                 for (int r = 0; r < VL; r++) square[r] = r < lanes ? load(from + (first + r) * p.k + i) : vf{};
                 transpose(square);
-                // A whole vector may spill into rows that are written later, but not into rows written already.
+                // A whole vector may spill into what is written later here, but not into what is written elsewhere.
                 for (int j = 0; j < VL; j++) {
                     float* row = to + (i + j) * height + first;
                     if (lanes == VL || (height < VL && row + VL <= to + kc * height))
@@ -223,35 +225,28 @@ void multiply(const Problem& p, const Rows& rows, long block_k, const float* a, 
 }
 
 template <class W>
-void linear(const Problem& p, int threads) {
-    static thread_local Scratch scratch;
+void linear(const Problem& p, float* packed, Team& team) {
     Rows rows(p.m);
     long panels = ceil_div(p.n, PW);
     // A single tile reads each weight once whatever the blocks; more tiles want the block again from cache.
     long blocks = rows.tiles == 1 ? 1 : ceil_div(p.k, BLOCK_K);
     long block_k = ceil_div(p.k, blocks);
     long row_blocks = ceil_div(p.m, BLOCK_M);
-    long group = most(1, least(8, panels * row_blocks / (threads * 12)));
+    long group = most(1, least(8, panels * row_blocks / (team.size * 12)));
     long groups = ceil_div(panels, group);
-    bool packs = p.m > 1;  // one row is its own packed form
-    float* packed = packs ? scratch.get(p.m * p.k) : nullptr;
-    const float* a = packs ? packed : p.x;
-    // Small inputs are packed here: a barrier would cost more, and stalls whenever a thread is not scheduled.
-    const bool shared_packing = packs && p.m * p.k > SHARED_PACKING;
-    if (packs && !shared_packing) pack_rows(p, rows, block_k, packed, 0, 1);
-    std::atomic<long> next{0};
-#pragma omp parallel num_threads(threads)
-    {
-        if (shared_packing) {
-            pack_rows(p, rows, block_k, packed, omp_get_thread_num(), omp_get_num_threads());
-#pragma omp barrier
-        }
-        for (long task; (task = next.fetch_add(1, std::memory_order_relaxed)) < groups * row_blocks;) {
-            long n0 = task / row_blocks * group, block = task % row_blocks;
-            multiply<W>(p, rows, block_k, a, rows.tiles * block / row_blocks, rows.tiles * (block + 1) / row_blocks,
-                        n0, least(n0 + group, panels));
-        }
+    const float* a = p.x;
+    if (p.m > 1) {  // one row is its own packed form
+        team.share(rows.tiles * blocks * ceil_div(block_k, PACKED_K),
+                   [&](long begin, long end) { pack_rows(p, rows, block_k, packed, begin, end); });
+        team.barrier();
+        a = packed;
     }
+    for (long task; (task = team.grab()) < groups * row_blocks;) {
+        long n0 = task / row_blocks * group, block = task % row_blocks;
+        multiply<W>(p, rows, block_k, a, rows.tiles * block / row_blocks, rows.tiles * (block + 1) / row_blocks, n0,
+                    least(n0 + group, panels));
+    }
+    team.barrier();
 }
 
 // Where output j of a panel lies in a row of it.
@@ -259,22 +254,33 @@ INLINE long place(int kind, int j) { return kind == BFLOAT16 ? (j % VL) * 2 + j 
 
 }  // namespace
 
+long product_space(const Matrix& matrix, long rows) {
+    return matrix.kind <= INT8 ? quantized_space(matrix, rows) : least(rows, SUPER_M) * matrix.in;
+}
+
+void product(const Matrix& matrix, const float* x, float* y, long rows, float* space, Team& team) {
+    if (matrix.kind <= INT8) return quantized_product(matrix, x, y, rows, space, team);
+    const long n = matrix.out, k = matrix.in;
+    for (long m0 = 0; m0 < rows; m0 += SUPER_M) {
+        const Problem p{x + m0 * k, (const char*)matrix.weight, matrix.scales, matrix.bias, y + m0 * n,
+                        least(SUPER_M, rows - m0), n, k, matrix.group};
+        if (matrix.kind == FLOAT)
+            linear<Float>(p, space, team);
+        else if (matrix.kind == BFLOAT16)
+            linear<Bfloat>(p, space, team);
+        else if (matrix.kind == FLOAT16)
+            linear<Half>(p, space, team);
+        else
+            linear<Float8>(p, space, team);
+    }
+}
+
 EXPORT long mr_panel_width() { return PW; }
 
-// x [m][k], w packed as `kind`, scales of float8, times 2^8, for groups of 2^group_bits of k, bias [ceil(n / PW) * PW], y [m][n].
-EXPORT void mr_linear(const float* x, const void* w, int kind, const float* scales, long group_bits, const float* bias,
-                      float* y, long m, long n, long k, int threads) {
-    for (long m0 = 0; m0 < m; m0 += SUPER_M) {
-        Problem p{x + m0 * k, (const char*)w, scales, bias, y + m0 * n, least(SUPER_M, m - m0), n, k, group_bits};
-        if (kind == FLOAT)
-            linear<Float>(p, threads);
-        else if (kind == BFLOAT16)
-            linear<Bfloat>(p, threads);
-        else if (kind == FLOAT16)
-            linear<Half>(p, threads);
-        else
-            linear<Float8>(p, threads);
-    }
+EXPORT void mr_product(const Matrix* matrix, const float* x, float* y, long rows, int threads) {
+    static thread_local Scratch scratch;
+    float* space = scratch.get(product_space(*matrix, rows));
+    with_team(threads, [&](Team& team) { product(*matrix, x, y, rows, space, team); });
 }
 
 // w [n][k] -> out [panels][k][PW] of the same kind; features past n are zero.

@@ -71,59 +71,55 @@ long part_of(long group) {
     return group;
 }
 
-// Quantised rows: tile t of R rows has its values [part][part / 4][R][4], for each part R scales, and for each group R
-// sums of the quantised values.
+// Quantised rows: tile t of R rows has its values [part][part / 4][R][4], and for each part R scales and R sums of the
+// values that were quantised.
 struct Rows {
     long tiles, base, extra;
     explicit Rows(long m) : tiles(ceil_div(m, MR)), base(m / tiles), extra(m % tiles) {}
     long begin(long t) const { return t * base + least(t, extra); }
 };
 
-void quantise_row(const Problem& p, long row, long in_tile, long height, int8_t* values, float* scales, float* sums) {
+// One part of one row; `to` is where its first four values go, `height` the tile's.
+void quantise_part(const Problem& p, long row, long part, long height, int8_t* to, float* scale_, float* sum_) {
     static thread_local Scratch ordered_space;
-    const float* inputs = p.x + row * p.k;
+    const float* from = p.x + row * p.k + part * p.part;
     if (p.order) {
-        float* ordered = ordered_space.get(p.k);
-        for (long i = 0; i < p.k; i++) ordered[i] = inputs[p.order[i]];
-        inputs = ordered;
+        float* ordered = ordered_space.get(p.part);
+        for (long i = 0; i < p.part; i++) ordered[i] = p.x[row * p.k + p.order[part * p.part + i]];
+        from = ordered;
     }
-    for (long g = 0; g < p.groups(); g++) sums[g * height + in_tile] = 0.0f;
-    for (long part = 0; part < p.k / p.part; part++) {
-        const float* from = inputs + part * p.part;
-        vf top{}, broken{};  // a NaN or an infinity, which a maximum may pass by, must come out again
-        long i = 0;
-        for (; i + VL <= p.part; i += VL) {
-            vf v = load(from + i);
-            top = vmax(top, vmax(v, -v));
-            broken += v * 0.0f;
-        }
-        float largest = hmax(top), scale = hsum(broken);
-        for (; i < p.part; i++) {
-            largest = fmaxf(largest, fabsf(from[i]));
-            scale += from[i] * 0.0f;
-        }
-        scale += largest / LEVELS;
-        const float inverse = largest > 0 && std::isfinite(scale) ? 1 / scale : 0;
-        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-        int8_t* to = values + part * p.part * height + in_tile * 4;
-        vi vector_sum{};
-        for (i = 0; i + VL <= p.part; i += VL) {
-            vi q = (vi)(load(from + i) * inverse + magic) - (vi)splat(magic);
-            vector_sum += q;
-            const bytes_of_lanes narrow = narrow_to_bytes(q);
-            for (int j = 0; j < VL; j += 4) memcpy(to + (i + j) * height, (const char*)&narrow + j, 4);
-        }
-        int32_t sum = 0, lanes[VL];
-        memcpy(lanes, &vector_sum, sizeof lanes);
-        for (int32_t lane : lanes) sum += lane;
-        for (; i < p.part; i++) {
-            const int32_t q = (int32_t)rintf(from[i] * inverse);
-            to[i / 4 * height * 4 + i % 4] = (int8_t)q;
-            sum += q;
-        }
-        scales[part * height + in_tile] = scale;
-        sums[part * p.part / p.group * height + in_tile] += scale * (float)sum;
+    vf top{}, broken{};  // a NaN or an infinity, which a maximum may pass by, must come out again
+    long i = 0;
+    for (; i + VL <= p.part; i += VL) {
+        vf v = load(from + i);
+        top = vmax(top, vmax(v, -v));
+        broken += v * 0.0f;
     }
+    float largest = hmax(top), scale = hsum(broken);
+    for (; i < p.part; i++) {
+        largest = fmaxf(largest, fabsf(from[i]));
+        scale += from[i] * 0.0f;
+    }
+    scale += largest / LEVELS;
+    const float inverse = largest > 0 && std::isfinite(scale) ? 1 / scale : 0;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+    vi vector_sum{};
+    for (i = 0; i + VL <= p.part; i += VL) {
+        vi q = (vi)(load(from + i) * inverse + magic) - (vi)splat(magic);
+        vector_sum += q;
+        const bytes_of_lanes narrow = narrow_to_bytes(q);
+        for (int j = 0; j < VL; j += 4) memcpy(to + (i + j) * height, (const char*)&narrow + j, 4);
+    }
+    int32_t sum = 0, lanes[VL];
+    memcpy(lanes, &vector_sum, sizeof lanes);
+    for (int32_t lane : lanes) sum += lane;
+    for (; i < p.part; i++) {
+        const int32_t q = (int32_t)rintf(from[i] * inverse);
+        to[i / 4 * height * 4 + i % 4] = (int8_t)q;
+        sum += q;
+    }
+    *scale_ = scale;
+    *sum_ = scale * (float)sum;
 }
 
 // Bytes 0 .. 15 of `indices` replaced by those of the codebook, which is there VL / 4 times over.
@@ -180,13 +176,14 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
     if constexpr (BOOK)
         for (long i = 0; i < VL; i += 4) memcpy((char*)&book + i * 4, p.codebook, 16);
     const long parts = p.group / p.part;
-    for (long g = 0; g < p.groups(); g++, w += p.group_bytes(), sums += R) {
+    for (long g = 0; g < p.groups(); g++, w += p.group_bytes()) {
         vf group_low[R], group_high[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) group_low[r] = group_high[r] = vf{};
+        vf group_sums[(R + VL - 1) / VL] = {};  // of row r in lane r
         const uint8_t* from = w + HEADER;
         __builtin_prefetch(ahead.from + 64, 0, 2);
-        for (long part = 0; part < parts; part++, scales += R) {
+        for (long part = 0; part < parts; part++, scales += R, sums += R) {
             vi sum_low[R], sum_high[R];
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) sum_low[r] = sum_high[r] = vi{};
@@ -211,12 +208,14 @@ void tile(const Problem& p, const int8_t* values, const float* scales, const flo
                 group_low[r] += __builtin_convertvector(sum_low[r], vf) * scale;
                 group_high[r] += __builtin_convertvector(sum_high[r], vf) * scale;
             }
+#pragma GCC unroll 4
+            for (int i = 0; i < (R + VL - 1) / VL; i++) group_sums[i] += load(sums + i * VL);
         }
         const vf scale_low = widen_halves(w), scale_high = widen_halves(w + VL * 2);
         const vf zero_low = widen_halves(w + PW * 2), zero_high = widen_halves(w + PW * 2 + VL * 2);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            const vf sum = splat(sums[r]);
+            const vf sum = splat(group_sums[r / VL][r % VL]);
             low[r] += (group_low[r] - zero_low * sum) * scale_low;
             high[r] += (group_high[r] - zero_high * sum) * scale_high;
         }
@@ -266,65 +265,58 @@ void unpack_panel(const Problem& p, const uint8_t* w, uint8_t* to) {
 }
 
 template <int BITS, bool BOOK>
-void multiply(const Problem& p, int threads) {
-    static thread_local Scratch value_space, scale_space, sum_space;
+void multiply(const Problem& p, float* space, Team& team) {
     const Rows rows(p.m);
-    const long groups = p.groups(), parts = p.k / p.part, panels = ceil_div(p.n, PW);
-    int8_t* values = (int8_t*)value_space.get(ceil_div(p.m * p.k, 4));
-    float* scales = scale_space.get(p.m * parts);
-    float* sums = sum_space.get(p.m * groups);
-    auto quantise_tile = [&](long t) {
-        const long first = rows.begin(t), height = rows.begin(t + 1) - first;
-        for (long r = 0; r < height; r++)
-            quantise_row(p, first + r, r, height, values + first * p.k, scales + first * parts, sums + first * groups);
-    };
-    const bool shared = rows.tiles > 1;
-    if (!shared) quantise_tile(0);
+    const long parts = p.k / p.part, panels = ceil_div(p.n, PW);
+    float *scales = space, *sums = scales + p.m * parts;
+    int8_t* values = (int8_t*)(sums + p.m * parts + VL);
+    team.share(rows.tiles * parts, [&](long begin, long end) {
+        for (long unit = begin; unit < end; unit++) {
+            const long t = unit / parts, part = unit % parts, first = rows.begin(t), height = rows.begin(t + 1) - first;
+            for (long r = 0; r < height; r++) {
+                const long at = first * parts + part * height + r;
+                quantise_part(p, first + r, part, height, values + first * p.k + part * p.part * height + r * 4,
+                              scales + at, sums + at);
+            }
+        }
+    });
+    team.barrier();
     const long block_tiles = most(1, BLOCK_BYTES / (p.k * MR)), row_blocks = ceil_div(rows.tiles, block_tiles);
-    const long step = most(1, least(8, panels / (threads * 8))), steps = ceil_div(panels, step);
-    const long tasks = steps * row_blocks, panel_bytes = groups * p.group_bytes();
+    const long step = most(1, least(8, panels / (team.size * 8))), steps = ceil_div(panels, step);
+    const long tasks = steps * row_blocks, panel_bytes = p.groups() * p.group_bytes();
     Problem eight = p;  // the same with its panels unpacked
     eight.bits = 8;
-    std::atomic<long> next{0};
-#pragma omp parallel num_threads(threads)
-    {
-        if (shared) {
-            for (long t = omp_get_thread_num(); t < rows.tiles; t += omp_get_num_threads()) quantise_tile(t);
-#pragma omp barrier
-        }
-        static thread_local Scratch unpacked_space;
-        alignas(64) float edge[MR * PW];  // a tile of the last panel, which may be narrower than PW
-        auto grab = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-        for (long task = grab(), upcoming; task < tasks; task = upcoming) {
-            upcoming = grab();  // now, so that its first panel can be fetched while the last of this task is in work
-            const long t0 = task % row_blocks * block_tiles, t1 = least(t0 + block_tiles, rows.tiles);
-            const long n0 = task / row_blocks * step, n1 = least(n0 + step, panels);
-            const bool unpacks = BITS == 4 && t1 - t0 >= UNPACK_TILES;
-            const Tile* tiles = unpacks ? AllTiles<8, false>::table : AllTiles<BITS, BOOK>::table;
-            for (long index = n0; index < n1; index++) {
-                const uint8_t* w = p.w + index * panel_bytes;
-                // The panel after this one is fetched in equal parts while the tiles of this one are multiplied.
-                const long after = index + 1 < n1 ? index + 1 : upcoming < tasks ? upcoming / row_blocks * step : index;
-                const long part = panel_bytes / (t1 - t0);
-                if (unpacks) {
-                    uint8_t* wide = (uint8_t*)unpacked_space.get(groups * eight.group_bytes() / 4);
-                    unpack_panel<BOOK>(p, w, wide);
-                    w = wide;
-                }
-                const long columns = least(PW, p.n - index * PW);
-                for (long t = t0; t < t1; t++) {
-                    const long first = rows.begin(t), height = rows.begin(t + 1) - first;
-                    float* y = p.y + first * p.n + index * PW;
-                    const bool whole = columns == PW;
-                    const Ahead ahead{p.w + after * panel_bytes + (t - t0) * part, ceil_div(part * 4, p.k)};
-                    tiles[height](unpacks ? eight : p, values + first * p.k, scales + first * parts,
-                                  sums + first * groups, w, p.bias + index * PW, whole ? y : edge, whole ? p.n : PW,
-                                  ahead);
-                    for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
-                }
+    static thread_local Scratch unpacked_space;
+    alignas(64) float edge[MR * PW];  // a tile of the last panel, which may be narrower than PW
+    for (long task = team.grab(), upcoming; task < tasks; task = upcoming) {
+        upcoming = team.grab();  // now, so that its first panel can be fetched while the last of this task is in work
+        const long t0 = task % row_blocks * block_tiles, t1 = least(t0 + block_tiles, rows.tiles);
+        const long n0 = task / row_blocks * step, n1 = least(n0 + step, panels);
+        const bool unpacks = BITS == 4 && t1 - t0 >= UNPACK_TILES;
+        const Tile* tiles = unpacks ? AllTiles<8, false>::table : AllTiles<BITS, BOOK>::table;
+        for (long index = n0; index < n1; index++) {
+            const uint8_t* w = p.w + index * panel_bytes;
+            // The panel after this one is fetched in equal parts while the tiles of this one are multiplied.
+            const long after = index + 1 < n1 ? index + 1 : upcoming < tasks ? upcoming / row_blocks * step : index;
+            const long part = panel_bytes / (t1 - t0);
+            if (unpacks) {
+                uint8_t* wide = (uint8_t*)unpacked_space.get(p.groups() * eight.group_bytes() / 4);
+                unpack_panel<BOOK>(p, w, wide);
+                w = wide;
+            }
+            const long columns = least(PW, p.n - index * PW);
+            for (long t = t0; t < t1; t++) {
+                const long first = rows.begin(t), height = rows.begin(t + 1) - first;
+                float* y = p.y + first * p.n + index * PW;
+                const bool whole = columns == PW;
+                const Ahead ahead{p.w + after * panel_bytes + (t - t0) * part, ceil_div(part * 4, p.k)};
+                tiles[height](unpacks ? eight : p, values + first * p.k, scales + first * parts,
+                              sums + first * parts, w, p.bias + index * PW, whole ? y : edge, whole ? p.n : PW, ahead);
+                for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
             }
         }
     }
+    team.barrier();
 }
 
 }  // namespace
@@ -384,16 +376,20 @@ EXPORT int64_t mr_quantized_rows(const uint8_t* w, const uint8_t* codebook, cons
     return 0;
 }
 
-// x [m][k], w packed, codebook [16] and order [k] or null, bias [ceil(n / PW) * PW], y [m][n].
-EXPORT void mr_quantized_linear(const float* x, const uint8_t* w, const uint8_t* codebook, const int64_t* order,
-                                const float* bias, float* y, long m, long n, long k, long group, int bits,
-                                int threads) {
-    if (m == 0) return;
-    const Problem p{x, w, codebook, order, bias, y, m, n, k, group, bits, part_of(group)};
-    if (codebook)
-        multiply<4, true>(p, threads);
+// Scales and sums of parts, and the quantised values.
+long quantized_space(const Matrix& matrix, long rows) {
+    return 2 * rows * (matrix.in / part_of(matrix.group)) + VL + ceil_div(rows * matrix.in, 4);
+}
+
+void quantized_product(const Matrix& matrix, const float* x, float* y, long rows, float* space, Team& team) {
+    if (rows == 0) return;
+    const int bits = (int)matrix.kind;
+    const Problem p{x,    (const uint8_t*)matrix.weight, matrix.codebook, matrix.order, matrix.bias,          y, rows,
+                    matrix.out, matrix.in, matrix.group, bits, part_of(matrix.group)};
+    if (matrix.codebook)
+        multiply<4, true>(p, space, team);
     else if (bits == 4)
-        multiply<4, false>(p, threads);
+        multiply<4, false>(p, space, team);
     else
-        multiply<8, false>(p, threads);
+        multiply<8, false>(p, space, team);
 }

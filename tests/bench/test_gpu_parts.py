@@ -102,6 +102,7 @@ def test_cases_cover_every_front() -> None:
     assert {"decode attention", "prefill attention", "norms", "rope and KV write", "filtered draws"} <= small_groups
 
 
+@pytest.mark.slow
 def test_cases_hold_on_the_shim(place: Place) -> None:
     """Every group that costs little, and itself as the second opinion."""
 
@@ -197,6 +198,7 @@ def test_the_sweep_on_the_shim(place: Place) -> None:
     isolated(run)
 
 
+@pytest.mark.slow
 def test_the_other_kernels_on_the_shim(place: Place) -> None:
     def run() -> None:
         found = context("ops")
@@ -217,6 +219,7 @@ def tiny() -> dict[str, Any]:
     return preset("tiny-6x256") | sizes
 
 
+@pytest.mark.slow
 def test_steps_on_the_shim(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode graphs whose contexts stay, prefill, and the launches of a layer."""
 

@@ -59,6 +59,7 @@ def test_other_flags_are_another_library(tmp_path: Path) -> None:
     assert one.folder() != two.folder()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["x86-64", "ivybridge", "haswell", "knl", "skylake-avx512", "icelake-server"])
 def test_every_combination_of_instructions_compiles(target: str) -> None:
     """Ivy Bridge has F16C without AVX2, Knights Landing AVX-512 without its byte instructions."""

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_greedy_tokens_equal_transformers(kind: str, folder: Callable[[str], Path]) -> None:
     """Alone, in a mixed batch of 16, chunked, with prefix hits, and after forced preemptions."""

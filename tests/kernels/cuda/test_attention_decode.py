@@ -16,6 +16,10 @@ from millrace.kernels.cuda_attention import (
 )
 from shim.launcher import ShimLauncher
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 RAGGED = [1, 15, 16, 17, 0, 33, 300]
 SPECS = {
     "bf16": Spec(),

@@ -10,6 +10,10 @@ from millrace.kernels import cuda_attention_prefill
 from millrace.kernels.cuda_attention import AttentionOptions, plan_prefill, prefill_attention
 from shim.launcher import ShimLauncher
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 # Chunks with and without a prefix: one token, a block's border, rows that end in two key tiles, three query tiles.
 QUERY_LENS = [1, 16, 17, 5, 40, 3]
 CONTEXT_LENS = [1, 16, 70, 80, 40, 150]

@@ -15,6 +15,10 @@ from millrace.kernels.cpu_build import BuildError
 from millrace.kernels.cuda_catalog import all_kernels
 from millrace.kernels.cuda_compile import Built, CudaCompiler, Kernel, Module, build_all, find_nvrtc, resolve
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 # One of each generation: A100, L4 and 4090, H100 and H200, B200, RTX 5090 and PRO 6000.
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 EMBEDDING = next(kernel for kernel in cuda_elementwise.kernels() if kernel.source == "embedding.cu")

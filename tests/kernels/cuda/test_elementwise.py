@@ -14,6 +14,10 @@ from millrace.kernels import reference_cuda_elementwise as reference
 from shim.fence import fenced, nan_filled
 from shim.launcher import ShimLauncher
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 FourWays = Callable[[Callable[[ShimLauncher], object]], None]
 BF16, F16 = torch.bfloat16, torch.float16
 # Half a unit in the last place by the rounding of the result, and the same again for all that comes before.

@@ -20,6 +20,10 @@ from millrace.kernels.torch_backend import TorchBackend
 from shim.fence import fenced, nan_filled
 from shim.launcher import ShimLauncher
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 
 class Shape(NamedTuple):
     bits: int

@@ -29,6 +29,10 @@ from millrace.kernels.torch_backend import TorchBackend
 from shim.fence import fenced, nan_filled
 from shim.launcher import ShimLauncher
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 BF16, F16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
 

@@ -31,6 +31,10 @@ from millrace.runtime.sampling import uniforms
 from shim.fence import fenced
 from shim.launcher import ShimLauncher
 
+pytestmark = (
+    pytest.mark.slow
+)  # tests/runtime/cuda drives the same kernels within models, and `make test-fast` runs that
+
 # ---- greedy -----------------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ def test_launches_of_a_decode_step(pair: Pair) -> None:
     assert len(names) <= 5 * layers + 4  # embedding, first norm, a plan for each window
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv", "worst"), [(torch.int8, 0.15), (torch.float8_e4m3fn, 0.6)])
 def test_a_pool_of_8_bits(kv: torch.dtype, worst: float, shim: ShimLauncher, tmp_path: Path) -> None:
     """Keys and values are off by up to 1 in 254 of the largest of their head (int8), or 1 in 16 of themselves (fp8)."""
@@ -163,6 +164,7 @@ def test_a_pool_of_8_bits(kv: torch.dtype, worst: float, shim: ShimLauncher, tmp
     assert error.max() < worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "group", "dtype"), [("int8", 64, torch.float16), ("int4", 32, torch.bfloat16)])
 def test_rounded_weights(method: Method, group: int, dtype: torch.dtype, shim: ShimLauncher, tmp_path: Path) -> None:
     """The same integers in float32 are the reference: a prompt by widened slices, decode steps by the integers."""
@@ -200,6 +202,7 @@ def in_8_bits(folder: Path, method: str) -> Path:
     return make_pair(folder, convert, config, kind="qwen2", dtype=torch.bfloat16, **_SIZES).quantized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "method", "dtype", "worst", "mean"), [
     ("stored", "fp8", torch.bfloat16, 0.45, 0.07),
     ("stored", "int8", torch.bfloat16, 0.16, 0.024),
@@ -281,6 +284,7 @@ async def test_the_engine_gives_the_tokens_of_the_cpu(shim: ShimLauncher, tmp_pa
     assert alone[0] == alone[1]  # overlap on and off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", [None, torch.int8])
 async def test_preempted_sequences_come_back_from_the_host(
     shim: ShimLauncher, tmp_path: Path, kv: torch.dtype | None

@@ -244,6 +244,7 @@ async def test_attention_in_torch_is_not_captured(shim: ShimLauncher) -> None:
     assert note.startswith("decode runs without CUDA graphs: torch computes the attention") and "not 24" in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("graphs", "quantize"), [(True, "none"), (True, "int8"), (True, "fp8"), (False, "none")])
 async def test_a_runtime_on_a_gpu(
     shim: ShimLauncher, monkeypatch: pytest.MonkeyPatch, graphs: bool, quantize: str
