@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 NEVER = ("torch._dynamo", "cupy", "transformers")  # each takes seconds
 
 
