@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.arguments import PackedLinear, PackedState
+from millrace.kernels.memory import empty_weight
 from millrace.kernels.quantized import Float8Weight
 
 KINDS = MappingProxyType(  # `Kind` of cpu/kernels.h
@@ -110,7 +111,7 @@ def pack_matrix(library: ctypes.CDLL, weight: Tensor | Float8Weight, bias: Tenso
         codes = weight
     outputs, inputs = codes.shape
     tensors["bias"] = padded_to_panels(library, torch.zeros(outputs) if bias is None else bias)
-    tensors["packed"] = torch.empty(len(tensors["bias"]) * inputs, dtype=codes.dtype)
+    tensors["packed"] = empty_weight([len(tensors["bias"]) * inputs], codes.dtype)
     kind = KINDS[codes.dtype]
     library.mr_pack(codes.data_ptr(), kind, tensors["packed"].data_ptr(), outputs, inputs, torch.get_num_threads())
     numbers = {"out_features": outputs, "in_features": inputs, "kind": kind, "group_bits": group_bits}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from millrace.kernels.arguments import PackedLinear, PackedState
 from millrace.kernels.cpu_linear import MatrixC, padded_to_panels, pointer
+from millrace.kernels.memory import empty_weight
 from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
 
 
@@ -79,7 +80,7 @@ def pack_integers(library: ctypes.CDLL, weight: QuantizedWeight, bias: Tensor | 
     outputs, inputs = weight.q.shape
     shape = (outputs, inputs, weight.group_size, weight.bits)
     tensors = {
-        "packed": torch.empty(library.mr_quantized_bytes(*shape), dtype=torch.uint8),
+        "packed": empty_weight([library.mr_quantized_bytes(*shape)], torch.uint8),
         "bias": padded_to_panels(library, torch.zeros(outputs) if bias is None else bias),
     }
     zeros = weight.zeros

@@ -23,7 +23,7 @@ from torch import Tensor
 from millrace.kernels.arguments import PackedLinear, PackedState
 from millrace.kernels.cpu_build import Toolchain
 from millrace.kernels.dispatch import default_backends
-from millrace.kernels.memory import ask_for_huge_pages
+from millrace.kernels.memory import empty_weight
 from millrace.runtime.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -149,8 +149,7 @@ class ReadyWeights:
 
 
 def _read(file: Path, stored: _Stored) -> Tensor:
-    tensor = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
-    ask_for_huge_pages(tensor, 1)
+    tensor = empty_weight(stored.shape, getattr(torch, stored.dtype))
     space = tensor.flatten().view(torch.uint8).numpy().data
     # In parts, since one thread does not copy as fast as memory takes it: half of the time is spent on fresh pages.
     parts = range(0, len(space), _PART)
