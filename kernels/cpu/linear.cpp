@@ -241,11 +241,11 @@ void linear(const Problem& p, float* packed, Team& team) {
         team.barrier();
         a = packed;
     }
-    for (long task; (task = team.grab()) < groups * row_blocks;) {
+    team.each(groups * row_blocks, [&](long task, long) {
         long n0 = task / row_blocks * group, block = task % row_blocks;
         multiply<W>(p, rows, block_k, a, rows.tiles * block / row_blocks, rows.tiles * (block + 1) / row_blocks, n0,
                     least(n0 + group, panels));
-    }
+    });
     team.barrier();
 }
 

@@ -288,8 +288,7 @@ void multiply(const Problem& p, float* space, Team& team) {
     eight.bits = 8;
     static thread_local Scratch unpacked_space;
     alignas(64) float edge[MR * PW];  // a tile of the last panel, which may be narrower than PW
-    for (long task = team.grab(), upcoming; task < tasks; task = upcoming) {
-        upcoming = team.grab();  // now, so that its first panel can be fetched while the last of this task is in work
+    team.each(tasks, [&](long task, long upcoming) {
         const long t0 = task % row_blocks * block_tiles, t1 = least(t0 + block_tiles, rows.tiles);
         const long n0 = task / row_blocks * step, n1 = least(n0 + step, panels);
         const bool unpacks = BITS == 4 && t1 - t0 >= UNPACK_TILES;
@@ -315,7 +314,7 @@ void multiply(const Problem& p, float* space, Team& team) {
                 for (long r = 0; !whole && r < height; r++) memcpy(y + r * p.n, edge + r * PW, columns * 4);
             }
         }
-    }
+    });
     team.barrier();
 }
 

@@ -1,5 +1,5 @@
 // Threads that work on one call together. All of them run the same code over the same arguments, stage by stage: a
-// stage shares its work out by `share` or `grab`, and ends with `barrier`, behind which all see what each has written.
+// stage shares its work out by `share` or `each`, and ends with `barrier`, behind which all see what each has written.
 // A region of threads is begun once for a call, be it one op or all layers of a decoder: between stages a barrier costs
 // a fraction of what beginning a region does.
 #pragma once
@@ -7,25 +7,19 @@
 #include "common.h"
 
 #include <atomic>
+#include <vector>
 
 #include <omp.h>
 
 class Team {
-    static constexpr int COUNTERS = 3;
-
   public:
-    struct Shared {
-        struct alignas(64) Counter {
-            std::atomic<long> value{0};
-        };
-        Counter next[COUNTERS];
+    struct alignas(64) Counter {
+        std::atomic<long> value{0};
     };
+    static constexpr int STAGES = 3;  // a counter is set back while the stages before and after its own may go on
 
     const int rank, size;
-    Team(Shared& shared, int rank, int size) : rank(rank), size(size), shared(shared) {}
-
-    // The next piece of this stage's work, counted from 0.
-    long grab() { return shared.next[stage].value.fetch_add(1, std::memory_order_relaxed); }
+    Team(std::vector<Counter>& counters, int rank, int size) : rank(rank), size(size), counters(counters) {}
 
     // f(begin, end): this thread's part of 0 .. count.
     template <class F>
@@ -33,25 +27,41 @@ class Team {
         f(count * rank / size, count * (rank + 1) / size);
     }
 
+    // f(piece, following) for each piece of 0 .. count, by some thread: this one takes every size-th, and when it has
+    // no more, those that others have not begun. `following` is what it most likely takes next, or count.
+    // Once in a stage.
+    template <class F>
+    INLINE void each(long count, F f) {
+        for (int i = 0; i < size; i++) {
+            const int owner = (rank + i) % size;
+            const long own = ceil_div(most(0, count - owner), size);
+            std::atomic<long>& next = counter(stage, owner);
+            for (long turn; (turn = next.fetch_add(1, std::memory_order_relaxed)) < own;)
+                f(owner + turn * size, turn + 1 < own ? owner + (turn + 1) * size : count);
+        }
+    }
+
     void barrier() {
 #pragma omp barrier
-        stage = (stage + 1) % COUNTERS;
+        stage = (stage + 1) % STAGES;
         // Of the stage after this one: nobody can be in it yet, nor any more in the one that used it before.
-        if (rank == 0) shared.next[(stage + 1) % COUNTERS].value.store(0, std::memory_order_relaxed);
+        counter((stage + 1) % STAGES, rank).store(0, std::memory_order_relaxed);
     }
 
   private:
-    Shared& shared;
+    std::atomic<long>& counter(int of_stage, int of_rank) { return counters[of_stage * size + of_rank].value; }
+
+    std::vector<Counter>& counters;
     int stage = 0;
 };
 
 // body(team) in each of up to `threads` threads.
 template <class F>
 void with_team(int threads, F body) {
-    Team::Shared shared;
+    std::vector<Team::Counter> counters(Team::STAGES * threads);
 #pragma omp parallel num_threads(threads)
     {
-        Team team(shared, omp_get_thread_num(), omp_get_num_threads());
+        Team team(counters, omp_get_thread_num(), omp_get_num_threads());
         body(team);
     }
 }
