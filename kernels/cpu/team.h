@@ -27,17 +27,17 @@ class Team {
         f(count * rank / size, count * (rank + 1) / size);
     }
 
-    // f(piece, following) for each piece of 0 .. count, by some thread: this one takes every size-th, and when it has
-    // no more, those that others have not begun. `following` is what it most likely takes next, or count.
-    // Once in a stage.
+    // f(piece, following) for each piece of 0 .. count, by some thread: this one takes those of its own part in order,
+    // and when it has no more, those that others have not begun. `following` is what it most likely takes next, or
+    // count. Once in a stage.
     template <class F>
     INLINE void each(long count, F f) {
         for (int i = 0; i < size; i++) {
             const int owner = (rank + i) % size;
-            const long own = ceil_div(most(0, count - owner), size);
-            std::atomic<long>& next = counter(stage, owner);
-            for (long turn; (turn = next.fetch_add(1, std::memory_order_relaxed)) < own;)
-                f(owner + turn * size, turn + 1 < own ? owner + (turn + 1) * size : count);
+            const long begin = count * owner / size, end = count * (owner + 1) / size;
+            std::atomic<long>& taken = counter(stage, owner);
+            for (long piece; (piece = begin + taken.fetch_add(1, std::memory_order_relaxed)) < end;)
+                f(piece, piece + 1 < end ? piece + 1 : count);
         }
     }
 
