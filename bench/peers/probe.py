@@ -8,6 +8,7 @@ import torch
 
 from millrace.kernels.cpu_backend import load_library
 from millrace.kernels.cpu_build import Toolchain, build_library
+from millrace.kernels.memory import empty_weight
 
 _BYTES = 256_000_000  # well above the caches
 
@@ -15,7 +16,7 @@ _BYTES = 256_000_000  # well above the caches
 def read_bandwidth(threads: int, repeats: int = 15) -> float:
     """Bytes per second with `threads` threads: the median of reading 256 MB by Millrace's own probe."""
     library = load_library(build_library(Toolchain()))
-    data = torch.ones(_BYTES // 4)
+    data = empty_weight([_BYTES // 4], torch.float32).fill_(1.0)  # on the kind of pages that weights lie on
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
