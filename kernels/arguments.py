@@ -5,6 +5,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -288,6 +290,40 @@ class CopyBlocksArgs(NamedTuple):
     )
 
 
+LOGIT_BLOCK = 64  # ids per block of `block_maxima` and `block_sums`, a power of two
+
+# What the draws of a row depend on besides its logits; struct Settings of cpu/sampling.cpp.
+DRAW_DTYPE = np.dtype(
+    [
+        ("seed", "u8"),
+        ("choice", "u8"),
+        ("position", "i8"),  # tokens drawn before
+        ("greedy", "i8"),  # 1 takes the most likely id, whatever stands below
+        ("top_k", "i8"),  # at least 1; the vocabulary's size or more is off
+        ("top_p", "f8"),  # 1 is off
+        ("min_p", "f8"),  # 0 is off
+        ("temperature", "f8"),  # above 0
+    ]
+)
+BROKEN, EMPTY = -1, -2  # in place of a token: NaN or an infinity among the logits; all of them are -inf
+
+
+class MaximaArgs(NamedTuple):
+    logits: Tensor  # [rows, vocab] float32, rows may lie apart
+
+
+class SumsArgs(NamedTuple):
+    logits: Tensor  # [rows, vocab] float32, rows may lie apart
+    row_max: npt.NDArray[np.float32]  # [rows], finite
+
+
+class DrawArgs(NamedTuple):
+    logits: Tensor  # [num_logits, vocab] float32, rows may lie apart
+    source: npt.NDArray[np.int64]  # [num_draws], row of the logits
+    rows: npt.NDArray[np.int64]  # [num_draws], row of the table
+    table: npt.NDArray[np.void]  # [num_rows] of DRAW_DTYPE
+
+
 class Backend:
     """One way to compute the ops. An op that a backend does not override, or cannot serve for the arguments given,
     is refused with a reason, and the next backend of the list is asked."""
@@ -341,6 +377,15 @@ class Backend:
 
     def copy_blocks(self, args: CopyBlocksArgs) -> Refusal | None:
         return self._lacks("copy_blocks")
+
+    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
+        return self._lacks("block_maxima")
+
+    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
+        return self._lacks("block_sums")
+
+    def draw_tokens(self, args: DrawArgs) -> npt.NDArray[np.int32] | Refusal:
+        return self._lacks("draw_tokens")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,15 +9,20 @@ fixed segments of positions, merged in order; the rest works row by row).
 import ctypes
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from millrace.kernels.arguments import (
+    LOGIT_BLOCK,
     ActivationArgs,
     AttentionArgs,
     Backend,
     DecoderArgs,
+    DrawArgs,
     Float8Args,
+    MaximaArgs,
     NormArgs,
     PackArgs,
     PackedDecoder,
@@ -26,6 +31,7 @@ from millrace.kernels.arguments import (
     QuantizedArgs,
     Refusal,
     RopeArgs,
+    SumsArgs,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
@@ -50,6 +56,9 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
     "mr_quantized_rows": ([_P, _P, _P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
     "mr_quantized_linear": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
+    "mr_block_maxima": ([_P, _L, _L, _L, _P, _I], None),
+    "mr_block_sums": ([_P, _L, _L, _L, _P, _P, _I], None),
+    "mr_draw_tokens": ([_P, _L, _L, _P, _P, _P, _L, _P, _I], None),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
@@ -212,6 +221,40 @@ class CpuBackend(Backend):
                 f" {cache.shape[0]} blocks"
             )
         return out
+
+    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
+        logits = args.logits
+        if not _serves(logits):
+            return _elsewhere(logits)
+        rows, vocab = logits.shape
+        maxima = np.empty((rows, -(-vocab // LOGIT_BLOCK)), dtype=np.float32)
+        self._library.mr_block_maxima(
+            logits.data_ptr(), logits.stride(0), rows, vocab, maxima.ctypes.data, torch.get_num_threads()
+        )
+        return maxima
+
+    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
+        logits = args.logits
+        if not _serves(logits):
+            return _elsewhere(logits)
+        rows, vocab = logits.shape
+        sums = np.empty((rows, -(-vocab // LOGIT_BLOCK)), dtype=np.float32)
+        self._library.mr_block_sums(
+            logits.data_ptr(), logits.stride(0), rows, vocab, args.row_max.ctypes.data, sums.ctypes.data,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return sums
+
+    def draw_tokens(self, args: DrawArgs) -> npt.NDArray[np.int32] | Refusal:
+        logits, source = args.logits, args.source
+        if not _serves(logits):
+            return _elsewhere(logits)
+        tokens = np.empty(len(source), dtype=np.int32)
+        self._library.mr_draw_tokens(
+            logits.data_ptr(), logits.stride(0), logits.shape[1], source.ctypes.data, args.rows.ctypes.data,
+            args.table.ctypes.data, len(source), tokens.ctypes.data, torch.get_num_threads(),
+        )  # fmt: skip
+        return tokens
 
     def _refuse_head_dim(self, head_dim: int) -> Refusal | None:
         if head_dim % self._dim_step or head_dim > self._max_dim:

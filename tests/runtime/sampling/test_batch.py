@@ -6,8 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from millrace.kernels.philox import uniforms
 from millrace.runtime.sampling import SamplerState
-from millrace.runtime.sampling.philox import uniforms
 from millrace.runtime.types import SamplingParams
 
 EOS = (2, 3)
