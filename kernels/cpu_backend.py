@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.arguments import (
-    LOGIT_BLOCK,
     ActivationArgs,
     AttentionArgs,
     Backend,
     DecoderArgs,
-    DrawArgs,
+    DrawerArgs,
     Float8Args,
     MaximaArgs,
     NormArgs,
@@ -32,11 +31,13 @@ from millrace.kernels.arguments import (
     Refusal,
     RopeArgs,
     SumsArgs,
+    TokenDrawer,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
 from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_matrix
 from millrace.kernels.cpu_quantized import CpuQuantized, pack_integers
+from millrace.kernels.cpu_sampling import CpuDrawer, block_maxima, block_sums
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -58,7 +59,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_quantized_linear": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _I, _I], None),
     "mr_block_maxima": ([_P, _L, _L, _L, _P, _I], None),
     "mr_block_sums": ([_P, _L, _L, _L, _P, _P, _I], None),
-    "mr_draw_tokens": ([_P, _L, _L, _P, _P, _P, _L, _P, _I], None),
+    "mr_draw_tokens": ([_P, _L, _L, _L, _P, _L, _P, _L, _P, _L, _L, _P, _I], _L),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
@@ -223,38 +224,13 @@ class CpuBackend(Backend):
         return out
 
     def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
-        logits = args.logits
-        if not _serves(logits):
-            return _elsewhere(logits)
-        rows, vocab = logits.shape
-        maxima = np.empty((rows, -(-vocab // LOGIT_BLOCK)), dtype=np.float32)
-        self._library.mr_block_maxima(
-            logits.data_ptr(), logits.stride(0), rows, vocab, maxima.ctypes.data, torch.get_num_threads()
-        )
-        return maxima
+        return block_maxima(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
 
     def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
-        logits = args.logits
-        if not _serves(logits):
-            return _elsewhere(logits)
-        rows, vocab = logits.shape
-        sums = np.empty((rows, -(-vocab // LOGIT_BLOCK)), dtype=np.float32)
-        self._library.mr_block_sums(
-            logits.data_ptr(), logits.stride(0), rows, vocab, args.row_max.ctypes.data, sums.ctypes.data,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return sums
+        return block_sums(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
 
-    def draw_tokens(self, args: DrawArgs) -> npt.NDArray[np.int32] | Refusal:
-        logits, source = args.logits, args.source
-        if not _serves(logits):
-            return _elsewhere(logits)
-        tokens = np.empty(len(source), dtype=np.int32)
-        self._library.mr_draw_tokens(
-            logits.data_ptr(), logits.stride(0), logits.shape[1], source.ctypes.data, args.rows.ctypes.data,
-            args.table.ctypes.data, len(source), tokens.ctypes.data, torch.get_num_threads(),
-        )  # fmt: skip
-        return tokens
+    def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
+        return CpuDrawer(self._library, args)
 
     def _refuse_head_dim(self, head_dim: int) -> Refusal | None:
         if head_dim % self._dim_step or head_dim > self._max_dim:

@@ -10,12 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import DRAW_DTYPE, DrawArgs, MaximaArgs, SumsArgs
+from millrace.kernels.arguments import DRAW_DTYPE, DrawerArgs, MaximaArgs, SumsArgs, TokenDrawer
 from millrace.kernels.checks import refuse
 from millrace.kernels.dispatch import Backends, serve
 
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 def block_maxima(logits: Tensor, *, backends: Backends = None) -> Floats:
@@ -41,35 +40,17 @@ def block_sums(logits: Tensor, row_max: Floats, *, backends: Backends = None) ->
     return sums
 
 
-def draw_tokens(
-    logits: Tensor, source: Ints, rows: Ints, table: npt.NDArray[np.void], *, backends: Backends = None
-) -> npt.NDArray[np.int32]:
-    """Draws one token for each of some rows: [num_draws], BROKEN or EMPTY where the row's logits allow none.
+def token_drawer(table: npt.NDArray[np.void], vocab: int, *, backends: Backends = None) -> TokenDrawer:
+    """What draws tokens with the settings of a table, [num_rows] of DRAW_DTYPE, which it keeps and advances.
 
-    A greedy row takes the most likely id, the lowest one on ties. Another takes one number in [0, 1) from Philox
-    (`philox.uniforms`) of its seed, choice and position, and inverts with it the cumulative distribution of
-    exp(logit / temperature): over all ids in the order of the blocks of `block_sums`, or, where a filter is on, over
-    the ids that min_p, then top_k, then top_p over what those two keep have left, the most likely one first.
-
-    Args:
-        logits: [num_logits, vocab] float32, whose rows may lie apart.
-        source: [num_draws], the row of the logits that each draw reads.
-        rows: [num_draws], the row of the table that has its settings.
-        table: [num_rows] of DRAW_DTYPE.
+    An object, because in a step of a small model a dispatch and a handful of small arrays would be a visible cost.
     """
-    _check_logits("draw_tokens", logits)
-    if table.dtype != DRAW_DTYPE or table.ndim != 1 or not table.flags.c_contiguous:
-        raise ValueError(f"draw_tokens: table is {table.dtype} {list(table.shape)}, not [num_rows] of DRAW_DTYPE")
-    for name, index, limit in (("source", source, len(logits)), ("rows", rows, len(table))):
-        if index.dtype != np.int64 or index.shape != (len(source),) or not index.flags.c_contiguous:
-            raise ValueError(f"draw_tokens: {name} is {index.dtype} {list(index.shape)}, not int64 [{len(source)}]")
-        listed = index.tolist()  # a handful: Python is quicker than numpy
-        if listed and not 0 <= min(listed) <= max(listed) < limit:
-            raise ValueError(
-                f"draw_tokens: {name} holds {min(listed)} to {max(listed)}, but it must stay below {limit}"
-            )
-    tokens: npt.NDArray[np.int32] = serve("draw_tokens", DrawArgs(logits, source, rows, table), backends)
-    return tokens
+    if table.dtype != DRAW_DTYPE or table.ndim != 1 or not table.flags.c_contiguous or not table.flags.writeable:
+        raise ValueError(f"token_drawer: table is {table.dtype} {list(table.shape)}, not [num_rows] of DRAW_DTYPE")
+    if vocab < 1:
+        raise ValueError(f"token_drawer: vocab is {vocab}, but there must be an id to draw")
+    drawer: TokenDrawer = serve("token_drawer", DrawerArgs(table, vocab), backends)
+    return drawer
 
 
 def _check_logits(op: str, logits: Tensor) -> None:

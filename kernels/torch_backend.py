@@ -16,7 +16,7 @@ from millrace.kernels.arguments import (
     AttentionBatch,
     Backend,
     CopyBlocksArgs,
-    DrawArgs,
+    DrawerArgs,
     EmbeddingArgs,
     Float8Args,
     MaximaArgs,
@@ -27,6 +27,7 @@ from millrace.kernels.arguments import (
     Refusal,
     RopeArgs,
     SumsArgs,
+    TokenDrawer,
     WriteKvArgs,
 )
 from millrace.kernels.quantized import Float8Weight, QuantizedWeight, widen_into
@@ -192,8 +193,8 @@ class TorchBackend(Backend):
     def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32]:
         return torch_sampling.block_sums(args.logits, args.row_max)
 
-    def draw_tokens(self, args: DrawArgs) -> npt.NDArray[np.int32]:
-        return torch_sampling.draw_tokens(args)
+    def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
+        return torch_sampling.TorchDrawer(args)
 
 
 def _add_residual(args: NormArgs) -> Tensor:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import BROKEN, EMPTY, LOGIT_BLOCK, DrawArgs
+from millrace.kernels.arguments import BROKEN, EMPTY, LOGIT_BLOCK, TokenDrawer
 from millrace.kernels.philox import uniforms
 
 Floats = npt.NDArray[np.float32]
@@ -34,18 +34,25 @@ _LOWEST = np.finfo(np.float32).min  # a threshold that all finite logits pass an
 _scratch = threading.local()  # a place for weights: fresh pages for each step would cost more than the step
 
 
-def draw_tokens(args: DrawArgs) -> npt.NDArray[np.int32]:
-    """See `sampling.draw_tokens`."""
-    settings = args.table[args.rows]
-    uniform = np.zeros(len(settings))
-    if not settings["greedy"].all():
-        uniform = uniforms(settings["seed"], settings["choice"], settings["position"])
-    tokens = np.empty(len(settings), dtype=np.int32)
-    chunk = max(1, CHUNK_ELEMENTS // args.logits.shape[1])
-    for start in range(0, len(settings), chunk):
-        part = slice(start, start + chunk)
-        tokens[part] = _draw_chunk(gather(args.logits, args.source[part]), settings[part], uniform[part])
-    return tokens
+class TorchDrawer(TokenDrawer):
+    """Rows are handled some at a time, so that passes over their logits hit the cache."""
+
+    def __call__(
+        self, logits: Tensor, rows: npt.NDArray[np.signedinteger], source: npt.NDArray[np.signedinteger] | None = None
+    ) -> tuple[npt.NDArray[np.int32], int]:
+        index = (np.arange(len(rows)) if source is None else source).astype(np.int64)
+        self.check(logits, rows, index)
+        settings = self.table[rows]
+        uniform = np.zeros(len(rows))
+        if not settings["greedy"].all():
+            uniform = uniforms(settings["seed"], settings["choice"], settings["position"])
+        tokens = np.empty(len(rows), dtype=np.int32)
+        chunk = max(1, CHUNK_ELEMENTS // self.vocab)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            tokens[part] = _draw_chunk(gather(logits, index[part]), settings[part], uniform[part])
+        self.table["position"][rows[tokens >= 0]] += 1
+        return tokens, int((tokens < 0).sum())
 
 
 def _draw_chunk(x: Tensor, settings: Settings, uniform: Doubles) -> Ints:

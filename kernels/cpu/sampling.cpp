@@ -11,16 +11,21 @@
 #include <cfloat>
 #include <cmath>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
-constexpr long BLOCK = 64;     // ids per block, as in sampling.py
-constexpr long PIECE = 32;     // blocks that are handled at a time
-constexpr long BINS = 1024;    // of a histogram over logits
-constexpr long SORTED = 64;    // so many entries are sorted outright
-constexpr float LEAST = -87.0f;  // exp of less is taken for 0
+constexpr long BLOCK = 64;        // ids per block, LOGIT_BLOCK in arguments.py
+constexpr long MAXIMA_PIECE = 32;  // blocks whose maxima are found at a time
+constexpr long SUMS_PIECE = 512;   // blocks that are summed at a time, at most: their sums stay in L1
+constexpr long BINS = 1024;       // of a histogram over logits
+constexpr long SORTED = 128;      // so many entries are sorted outright
+constexpr float LEAST = -87.0f;   // exp of less is taken for 0
 constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this a thread team costs more than it saves
 
-// DRAW_DTYPE of sampling.py.
+// DRAW_DTYPE of arguments.py.
 struct Settings {
     uint64_t seed;
     uint64_t choice;
@@ -46,13 +51,14 @@ struct Problem {
     }
 };
 
-// VL values from `from` on, of which the row has `count`: the rest is -inf.
-INLINE vf load_or_mask(const float* from, long count) {
+// The next VL values, of which there are `count`: the rest is `other`.
+INLINE vf load_or(const float* from, long count, float other) {
     if (count >= VL) return load(from);
     float lanes[VL];
-    for (long i = 0; i < VL; i++) lanes[i] = i < count ? from[i] : -INFINITY;
+    for (long i = 0; i < VL; i++) lanes[i] = i < count ? from[i] : other;
     return load(lanes);
 }
+INLINE vf load_or_mask(const float* from, long count) { return load_or(from, count, -INFINITY); }
 
 // The larger of both, and NaN where one is.
 INLINE vf larger(vf a, vf b) {
@@ -90,19 +96,23 @@ struct Weight {
     }
 };
 
-// Sums of weights over the ids j, j + blocks, j + 2 blocks, ... for the PIECE of j that begins with `begin`.
-void block_sums(const float* x, long vocab, long begin, const Weight& weight, float* sums) {
-    const long blocks = ceil_div(vocab, BLOCK);
-    vf total[PIECE / VL] = {};
+// Sums of weights over the ids j, j + blocks, j + 2 blocks, ... for begin <= j < end; each adds up in this order
+// however the j are cut. Runs of neighbouring ids are read, which the processor fetches ahead.
+void block_sums(const float* x, long vocab, long begin, long end, const Weight& weights, float* sums) {
+    const long blocks = ceil_div(vocab, BLOCK), width = end - begin;
+    const Weight weight = weights;
+    alignas(64) float total[SUMS_PIECE] = {};
     for (long first = begin; first < vocab; first += blocks) {
         const float* from = x + first;
-        const long count = vocab - first;
-        if (count >= PIECE)
-            for (long i = 0; i < PIECE / VL; i++) total[i] += weight(load(from + i * VL));
-        else
-            for (long i = 0; i < PIECE / VL; i++) total[i] += weight(load_or_mask(from + i * VL, count - i * VL));
+        const long count = least(width, vocab - first);
+        long i = 0;
+        for (; i + VL <= count; i += VL) {
+            __builtin_prefetch(from + i + 256);
+            store(total + i, load(total + i) + weight(load(from + i)));
+        }
+        if (i < count) store(total + i, load(total + i) + weight(load_or_mask(from + i, count - i)));
     }
-    memcpy(sums + begin, total, least(PIECE, blocks - begin) * sizeof(float));
+    memcpy(sums + begin, total, width * sizeof(float));
 }
 
 // Philox4x32-10 (Salmon et al. 2011) of (position, choice) under the seed: 53 bits in [0, 1), as in philox.py.
@@ -163,33 +173,41 @@ bool comes_first(const Entry& a, const Entry& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
+// Entries in ascending order of ids, as columns with room for VL more.
+struct Entries {
+    float *logits, *weights;
+    int32_t *ids, *bins;
+    long count;
+};
+
 // Counts and masses of entries by BINS equal parts of the range of their logits, from the highest down.
-class Histogram {
-  public:
-    long counts[BINS];
+struct Histogram {
+    bool flat;  // one logit, or so nearly one that it cannot be cut
+    int32_t counts[BINS];
     double masses[BINS];
 
-    void fill(const Entry* entries, long count) {
-        float low = entries[0].logit, high = low;
-        for (long i = 1; i < count; i++) {
-            low = entries[i].logit < low ? entries[i].logit : low;
-            high = entries[i].logit > high ? entries[i].logit : high;
+    void fill(const Entries& e) {
+        vf high_lanes = splat(e.logits[0]), low_lanes = high_lanes;
+        for (long i = 0; i < e.count; i += VL) {
+            const vf v = load_or(e.logits + i, e.count - i, e.logits[0]);
+            high_lanes = vmax(high_lanes, v);
+            low_lanes = -vmax(-low_lanes, -v);
         }
-        high_ = high;
-        scale_ = high > low ? BINS / ((double)high - low) : 0.0;
+        const float high = hmax(high_lanes), low = -hmax(-low_lanes), scale = BINS / (high - low);
+        flat = !(high > low && std::isfinite(scale));
+        if (flat) return;
+        for (long i = 0; i < e.count; i += VL) {
+            const vi bin = __builtin_convertvector((high - load(e.logits + i)) * scale, vi);
+            const vi inside = bin > BINS - 1 ? vi{} + (int)(BINS - 1) : bin;
+            memcpy(e.bins + i, &inside, sizeof inside);
+        }
         memset(counts, 0, sizeof counts);
         memset(masses, 0, sizeof masses);
-        for (long i = 0; i < count; i++) {
-            const long bin = of(entries[i]);
-            counts[bin]++;
-            masses[bin] += entries[i].weight;
+        for (long i = 0; i < e.count; i++) {
+            counts[e.bins[i]]++;
+            masses[e.bins[i]] += e.weights[i];
         }
     }
-    bool flat() const { return scale_ == 0.0; }
-    long of(const Entry& entry) const { return least(BINS - 1, (long)((high_ - entry.logit) * scale_)); }
-
-  private:
-    double high_, scale_;
 };
 
 struct Found {
@@ -198,29 +216,25 @@ struct Found {
     double mass;  // of the same
 };
 
-// Entries in ascending order of ids, to be walked in the order of likelihood without being sorted as a whole.
+// Entries to be walked in the order of likelihood without being sorted as a whole.
 class Ranking {
   public:
-    Ranking(Entry* entries, long count, Entry* spare) : entries_(entries), spare_(spare), count_(count) {
-        if (count > SORTED)
-            histogram_.fill(entries, count);
-        else
-            std::sort(entries, entries + count, comes_first);
+    // spare: room for as many entries.
+    Ranking(const Entries& entries, const Entries& spare) : entries_(entries), spare_(spare) {
+        if (entries.count > SORTED) histogram_.fill(entries);
     }
-    long count() const { return count_; }
 
     // The first entry at which stop(count, mass) holds of all up to it, else the last. The same sums stand behind every
     // walk, so that what a walk found bounds the next.
     template <class Stop>
     Found walk(Stop stop) const {
         Found at{-1, 0, 0.0};
-        const Entry* entries = entries_;
-        long count = count_;
+        Entries e = entries_;
         Histogram finer;
-        for (const Histogram* bins = &histogram_; count > SORTED && !bins->flat();) {
+        for (const Histogram* bins = &histogram_; e.count > SORTED && !bins->flat; bins = &finer) {
             Found before = at;
-            long chosen = 0;
-            for (long bin = 0; bin < BINS; bin++) {
+            int32_t chosen = 0;
+            for (int32_t bin = 0; bin < BINS; bin++) {
                 if (!bins->counts[bin]) continue;
                 before = at;
                 chosen = bin;
@@ -230,51 +244,77 @@ class Ranking {
             }
             at = before;
             long inside = 0;
-            for (long i = 0; i < count; i++) {
-                const Entry entry = entries[i];
-                const bool is_in = bins->of(entry) == chosen;
-                spare_[inside] = entry;
-                inside += is_in;
+            for (long i = 0; i < e.count; i++) {
+                if (e.bins[i] != chosen) continue;
+                spare_.logits[inside] = e.logits[i];
+                spare_.weights[inside] = e.weights[i];
+                spare_.ids[inside++] = e.ids[i];
             }
-            entries = spare_;
-            count = inside;
-            if (count > SORTED) {
-                finer.fill(entries, count);
-                bins = &finer;
-            } else {
-                std::sort(spare_, spare_ + count, comes_first);
-            }
+            e = spare_;
+            e.count = inside;
+            if (inside > SORTED) finer.fill(e);
         }
-        for (long i = 0; i < count; i++) {
-            at = {entries[i].id, at.count + 1, at.mass + entries[i].weight};
+        static thread_local Scratch space;
+        Entry* sorted = (Entry*)space.get(e.count * (sizeof(Entry) / sizeof(float)));
+        for (long i = 0; i < e.count; i++) sorted[i] = {e.logits[i], e.ids[i], e.weights[i]};
+        if (!std::is_sorted(sorted, sorted + e.count, comes_first)) std::sort(sorted, sorted + e.count, comes_first);
+        for (long i = 0; i < e.count; i++) {
+            at = {sorted[i].id, at.count + 1, at.mass + sorted[i].weight};
             if (stop(at.count, at.mass)) break;
         }
         return at;
     }
 
   private:
-    const Entry* entries_;
-    Entry* spare_;
-    long count_;
+    Entries entries_, spare_;
     Histogram histogram_;
 };
 
-// Ids whose logit reaches the bound and whose weight is least_weight or more, in ascending order.
-long collect(const float* x, long vocab, const float* maxima, float bound, float least_weight, const Weight& weight,
-             Entry* to) {
+// Ids whose logit reaches the bound, which no -inf does.
+void collect(const float* x, long vocab, const float* maxima, float bound, Entries& to) {
     long count = 0;
     for (long b = 0; b < ceil_div(vocab, BLOCK); b++) {
         if (!(maxima[b] >= bound)) continue;
-        const float* from = x + b * BLOCK;
-        const long inside = least(BLOCK, vocab - b * BLOCK);
-        float weights[BLOCK];
-        for (long i = 0; i < inside; i += VL) store(weights + i, weight(load_or_mask(from + i, inside - i)));
-        for (long i = 0; i < inside; i++) {
-            to[count] = {from[i], (int32_t)(b * BLOCK + i), weights[i]};
-            count += (from[i] >= bound) & (weights[i] >= least_weight) & (weights[i] > 0.0f);
+        const long end = least(vocab, (b + 1) * BLOCK);
+#if defined(__AVX512F__)
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (long i = b * BLOCK; i < end; i += VL) {
+            const __m512 v = (__m512)load_or(x + i, end - i, -INFINITY);
+            const __mmask16 hit = _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GE_OQ);
+            _mm512_storeu_ps(to.logits + count, _mm512_maskz_compress_ps(hit, v));
+            const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)i));
+            _mm512_storeu_si512(to.ids + count, _mm512_maskz_compress_epi32(hit, ids));
+            count += __builtin_popcount(hit);
         }
+#else
+        for (long i = b * BLOCK; i < end; i++) {
+            to.logits[count] = x[i];
+            to.ids[count] = (int32_t)i;
+            count += x[i] >= bound;
+        }
+#endif
     }
-    return count;
+    to.count = count;
+}
+
+// Weights of the entries; those of less than `smallest`, or of none, are taken out.
+void weigh(Entries& e, const Weight& weight, float smallest) {
+    vf low = splat(1.0f);
+    for (long i = 0; i < e.count; i += VL) {
+        const vf w = weight(load_or(e.logits + i, e.count - i, INFINITY));
+        store(e.weights + i, w);
+        low = w < low ? w : low;
+    }
+    smallest = std::max(smallest, FLT_MIN);
+    if (-hmax(-low) >= smallest) return;
+    long kept = 0;
+    for (long i = 0; i < e.count; i++) {
+        e.logits[kept] = e.logits[i];
+        e.ids[kept] = e.ids[i];
+        e.weights[kept] = e.weights[i];
+        kept += e.weights[i] >= smallest;
+    }
+    e.count = kept;
 }
 
 // The logit below which a weight is surely below `weight`, with room for rounding.
@@ -295,9 +335,14 @@ float kth_block_maximum(const float* maxima, long blocks, long k, float* spare) 
 int32_t draw_from_cut(const Problem& p, const float* x, const Settings& s, const float* maxima, const float* sums,
                       float row_max, const Weight& weight, double u) {
     static thread_local Scratch space;
-    const long vocab = p.vocab, blocks = p.blocks(), room = ceil_div(vocab + 1, 16) * 16;
-    Entry* entries = (Entry*)space.get(2 * room * sizeof(Entry) / sizeof(float) + blocks);
-    Entry* spare = entries + room;
+    const long vocab = p.vocab, blocks = p.blocks(), room = (ceil_div(vocab, VL) + 1) * VL;
+    float* memory = space.get(8 * room);
+    auto columns = [&] {
+        Entries e{memory, memory + room, (int32_t*)memory + 2 * room, (int32_t*)memory + 3 * room, 0};
+        memory += 4 * room;
+        return e;
+    };
+    Entries entries = columns(), spare = columns();
     double bound = reach(row_max, s.temperature, s.min_p), mass = NAN;
     if (sums) {
         // Ids of less than this weight have less than (1 - top_p) / 2 of the mass together: the nucleus ends before.
@@ -305,11 +350,12 @@ int32_t draw_from_cut(const Problem& p, const float* x, const Settings& s, const
         for (long j = 0; j < blocks; j++) mass += sums[j];
         bound = reach(row_max, s.temperature, 0.5 * (1.0 - s.top_p) * mass / (double)vocab);
     } else if (s.top_k <= blocks) {
-        bound = std::max(bound, (double)kth_block_maximum(maxima, blocks, s.top_k, (float*)(spare + room)));
+        bound = std::max(bound, (double)kth_block_maximum(maxima, blocks, s.top_k, spare.logits));
     }
-    const float lowest = (float)std::max(bound, -(double)FLT_MAX);
-    const Ranking ranking(entries, collect(x, vocab, maxima, lowest, (float)s.min_p, weight, entries), spare);
-    const long kept = least(s.top_k, ranking.count());
+    collect(x, vocab, maxima, (float)std::max(bound, -(double)FLT_MAX), entries);
+    weigh(entries, weight, (float)s.min_p);
+    const Ranking ranking(entries, spare);
+    const long kept = least(s.top_k, entries.count);
     double total = mass;
     if (!sums) total = ranking.walk([&](long count, double) { return count >= kept; }).mass;
     if (s.top_p < 1.0) {
@@ -320,7 +366,7 @@ int32_t draw_from_cut(const Problem& p, const float* x, const Settings& s, const
     return ranking.walk([&](long, double so_far) { return so_far > target; }).id;
 }
 
-// The token, or what is wrong with the row: the codes of sampling.py.
+// The token, or what is wrong with the row: the codes BROKEN and EMPTY of arguments.py.
 int32_t draw(const Problem& p, long i, const float* maxima, const float* sums) {
     const float row_max = row_maximum(maxima, p.blocks());
     if (!(row_max <= FLT_MAX)) return -1;
@@ -342,82 +388,108 @@ INLINE void share(std::atomic<long>& next, long tasks, F f) {
 
 INLINE int team(long elements, int threads) { return elements < PARALLEL_ELEMENTS ? 1 : threads; }
 
+// Blocks to be summed at a time where a row is shared: some pieces for each thread.
+long sums_piece(long blocks, int threads) {
+    return most(BLOCK, least(SUMS_PIECE, ceil_div(blocks, 4 * threads * BLOCK) * BLOCK));
+}
+
+int64_t integer(const void* from, long bytes, long i) {
+    return bytes == 4 ? ((const int32_t*)from)[i] : ((const int64_t*)from)[i];
+}
+
 }  // namespace
 
 // logits [rows][stride] -> maxima [rows][ceil(vocab / 64)] over neighbouring ids; a NaN makes its block NaN.
 EXPORT void mr_block_maxima(const float* logits, long stride, long rows, long vocab, float* maxima, int threads) {
-    const long blocks = ceil_div(vocab, BLOCK), pieces = ceil_div(blocks, PIECE);
+    const long blocks = ceil_div(vocab, BLOCK), pieces = ceil_div(blocks, MAXIMA_PIECE);
     std::atomic<long> next{0};
 #pragma omp parallel num_threads(team(rows* vocab, threads))
     share(next, rows * pieces, [&](long t) {
-        const long row = t / pieces, begin = t % pieces * PIECE;
-        block_maxima(logits + row * stride, vocab, begin, least(begin + PIECE, blocks), maxima + row * blocks);
+        const long row = t / pieces, begin = t % pieces * MAXIMA_PIECE, end = least(begin + MAXIMA_PIECE, blocks);
+        block_maxima(logits + row * stride, vocab, begin, end, maxima + row * blocks);
     });
 }
 
 // logits [rows][stride] -> sums [rows][blocks] of exp(logit - row_max[row]) over ids that lie `blocks` apart.
 EXPORT void mr_block_sums(const float* logits, long stride, long rows, long vocab, const float* row_max, float* sums,
                           int threads) {
-    const long blocks = ceil_div(vocab, BLOCK), pieces = ceil_div(blocks, PIECE);
+    const long blocks = ceil_div(vocab, BLOCK), step = sums_piece(blocks, threads), pieces = ceil_div(blocks, step);
     std::atomic<long> next{0};
 #pragma omp parallel num_threads(team(rows* vocab, threads))
     share(next, rows * pieces, [&](long t) {
-        const long row = t / pieces;
+        const long row = t / pieces, begin = t % pieces * step, end = least(begin + step, blocks);
         const Weight weight(row_max[row], 1.0);
-        block_sums(logits + row * stride, vocab, t % pieces * PIECE, weight, sums + row * blocks);
+        block_sums(logits + row * stride, vocab, begin, end, weight, sums + row * blocks);
     });
 }
 
-// One token for each of `count` rows, or a code below 0; source and rows were checked by the caller.
-EXPORT void mr_draw_tokens(const float* logits, long stride, long vocab, const int64_t* source, const int64_t* rows,
-                           const void* table, long count, int32_t* tokens, int threads) {
-    static thread_local Scratch space;
-    const Problem p{logits, stride, vocab, source, rows, (const Settings*)table};
-    const long blocks = p.blocks(), pieces = ceil_div(blocks, PIECE);
+// One token for each of `count` distinct rows of the table, or a code below 0; the positions of rows that drew advance.
+// Integers of source and rows are of 4 or 8 bytes; without a source, draw i reads row i of the logits. Returns how many
+// rows drew nothing; -1, with nothing done, if an index is out of range or a row is named twice or has no settings.
+EXPORT long mr_draw_tokens(const float* logits, long stride, long num_logits, long vocab, void* table, long num_rows,
+                           const void* source, long source_bytes, const void* rows, long row_bytes, long count,
+                           int32_t* tokens, int threads) {
+    auto is_size = [](long bytes) { return bytes == 4 || bytes == 8; };
+    if (count > num_rows || !is_size(row_bytes) || (source && !is_size(source_bytes))) return -1;
+    static thread_local Scratch space, index_space;
+    const long blocks = ceil_div(vocab, BLOCK), pieces = ceil_div(blocks, MAXIMA_PIECE);
+    int64_t *sources = (int64_t*)index_space.get(4 * count + num_rows), *table_rows = sources + count;
+    uint8_t* is_named = (uint8_t*)(table_rows + count);
+    memset(is_named, 0, num_rows);
+    Settings* settings = (Settings*)table;
+    for (long i = 0; i < count; i++) {
+        const int64_t from = source ? integer(source, source_bytes, i) : i, row = integer(rows, row_bytes, i);
+        if (from < 0 || from >= num_logits || row < 0 || row >= num_rows) return -1;
+        if (is_named[row]++ || settings[row].top_k < 1) return -1;
+        sources[i] = from;
+        table_rows[i] = row;
+    }
+    const Problem p{logits, stride, vocab, sources, table_rows, settings};
     float *maxima = space.get(2 * count * blocks), *sums = maxima + count * blocks;
     const int threads_used = team(count * vocab, threads);
-    auto piece_of_maxima = [&](long i, long piece) {
-        const long begin = piece * PIECE;
-        block_maxima(p.row(i), vocab, begin, least(begin + PIECE, blocks), maxima + i * blocks);
-    };
-    auto piece_of_sums = [&](long i, long piece, const Weight& weight) {
-        block_sums(p.row(i), vocab, piece * PIECE, weight, sums + i * blocks);
+    const bool whole_rows = count >= 4 * threads_used;  // a row is read again while a thread has it in its cache
+    const long step = whole_rows ? SUMS_PIECE : sums_piece(blocks, threads_used), sum_pieces = ceil_div(blocks, step);
+    auto find_maxima = [&](long i, long piece) {
+        const long begin = piece * MAXIMA_PIECE;
+        block_maxima(p.row(i), vocab, begin, least(begin + MAXIMA_PIECE, blocks), maxima + i * blocks);
     };
     auto weight_of = [&](long i) {
         return Weight(row_maximum(maxima + i * blocks, blocks), p.settings(i).temperature);
     };
+    auto sum = [&](long i, long piece, const Weight& weight) {
+        const long begin = piece * step;
+        block_sums(p.row(i), vocab, begin, least(begin + step, blocks), weight, sums + i * blocks);
+    };
     auto finish = [&](long i) { tokens[i] = draw(p, i, maxima + i * blocks, sums + i * blocks); };
+    bool any_sums = false;
+    for (long i = 0; i < count; i++) any_sums |= p.needs_sums(i);
     std::atomic<long> next{0}, next_sum{0}, next_row{0};
-    if (count >= 4 * threads_used) {  // a row is read again while a thread has it in its cache
 #pragma omp parallel num_threads(threads_used)
+    if (whole_rows) {
         share(next, count, [&](long i) {
-            for (long piece = 0; piece < pieces; piece++) piece_of_maxima(i, piece);
+            for (long piece = 0; piece < pieces; piece++) find_maxima(i, piece);
             if (p.needs_sums(i)) {
                 const Weight weight = weight_of(i);
-                for (long piece = 0; piece < pieces; piece++) piece_of_sums(i, piece, weight);
+                for (long piece = 0; piece < sum_pieces; piece++) sum(i, piece, weight);
             }
             finish(i);
         });
-        return;
-    }
-    bool any_sums = false;
-    for (long i = 0; i < count; i++) any_sums |= p.needs_sums(i);
-#pragma omp parallel num_threads(threads_used)
-    {
-        share(next, count * pieces, [&](long t) { piece_of_maxima(t / pieces, t % pieces); });
+    } else {
+        share(next, count * pieces, [&](long t) { find_maxima(t / pieces, t % pieces); });
 #pragma omp barrier
         if (any_sums) {
-            long at = -1;
-            Weight weight(0.0f, 1.0);
-            share(next_sum, count * pieces, [&](long t) {
-                const long i = t / pieces;
-                if (!p.needs_sums(i)) return;
-                if (i != at) weight = weight_of(i);
-                at = i;
-                piece_of_sums(i, t % pieces, weight);
+            share(next_sum, count * sum_pieces, [&](long t) {
+                const long i = t / sum_pieces;
+                if (p.needs_sums(i)) sum(i, t % sum_pieces, weight_of(i));
             });
 #pragma omp barrier
         }
         share(next_row, count, finish);
     }
+    long num_bad = 0;
+    for (long i = 0; i < count; i++) {
+        num_bad += tokens[i] < 0;
+        settings[table_rows[i]].position += tokens[i] >= 0;
+    }
+    return num_bad;
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from millrace.kernels import ops
 from millrace.kernels.arguments import BROKEN, DRAW_DTYPE, EMPTY
+from millrace.kernels.torch_sampling import CHUNK_ELEMENTS
 from millrace.runtime.messages import LogprobColumns
 from millrace.runtime.sampling.edits import LogitEdits
 from millrace.runtime.sampling.logprobs import token_logprobs
@@ -20,8 +21,8 @@ from millrace.runtime.types import SamplingParams
 
 Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
+Index = npt.NDArray[np.signedinteger]
 
-_COPIED_ELEMENTS = 1 << 20
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: scaled logits would leave the range of float32
 
 
@@ -52,12 +53,13 @@ class SamplerState:
         self.vocab_size = vocab_size
         self._edits = LogitEdits(max_rows, tuple(eos_token_ids))
         self._penalties = PenaltyTable(max_rows, vocab_size)
-        self._joined: set[int] = set()
         self._table = np.zeros(max_rows, dtype=DRAW_DTYPE)
-        self._num_output = self._table["position"]  # [max_rows], tokens drawn so far
+        self._top_k, self._position = self._table["top_k"], self._table["position"]  # [max_rows], views
+        self._drawer = ops.token_drawer(self._table, vocab_size)
         self._num_logprobs = np.full(max_rows, -1, dtype=np.int64)  # -1 is off
+        self._num_asking = 0  # rows that want log probabilities
         # Logits of rows that edit theirs are copied here, so many rows at a time that passes over them hit the cache.
-        self._copies = torch.empty(max(1, min(max_rows, _COPIED_ELEMENTS // vocab_size)), vocab_size)
+        self._copies = torch.empty(max(1, min(max_rows, CHUNK_ELEMENTS // vocab_size)), vocab_size)
 
     def join(
         self,
@@ -81,7 +83,7 @@ class SamplerState:
         """
         if not 0 <= row < self.max_rows:
             raise ValueError(f"row {row} is outside of 0 to {self.max_rows - 1}")
-        if row in self._joined:
+        if self._top_k[row]:
             raise ValueError(f"row {row} is taken; its choice must leave before another joins")
         prompt = np.asarray(prompt_tokens, dtype=np.int64)
         output = np.asarray(output_tokens, dtype=np.int64)
@@ -106,16 +108,16 @@ class SamplerState:
             max(params.temperature, GREEDY_BELOW),
         )
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._joined.add(row)
+        self._num_asking += params.logprobs is not None
 
     def leave(self, row: int) -> None:
         """Frees a row."""
-        if row not in self._joined:
+        if not 0 <= row < self.max_rows or not self._top_k[row]:
             raise ValueError(f"row {row} is not taken, so nothing can leave it")
         self._edits.leave(row)
         self._penalties.leave(row)
-        self._num_logprobs[row] = -1
-        self._joined.remove(row)
+        self._num_asking -= int(self._num_logprobs[row] >= 0)
+        self._top_k[row] = 0
 
     def sample(self, logits: Tensor, rows: npt.ArrayLike, logits_index: npt.ArrayLike | None = None) -> Sampled:
         """Draws the next token of each row, and advances the rows that drew.
@@ -126,84 +128,65 @@ class SamplerState:
             logits_index: [num_rows], which row of `logits` each row draws from (the choices of one prompt share
                 theirs); None is the identity.
         """
-        row = np.ascontiguousarray(rows, dtype=np.int64)
-        source = np.arange(len(row)) if logits_index is None else np.ascontiguousarray(logits_index, dtype=np.int64)
-        self._check(logits, row, source)
-        if logits.stride(1) != 1:
+        row = rows if isinstance(rows, np.ndarray) else np.asarray(rows, dtype=np.int64)
+        source = logits_index
+        if not (source is None or isinstance(source, np.ndarray)):
+            source = np.asarray(source, dtype=np.int64)
+        if logits.stride()[-1] != 1:
             logits = logits.contiguous()
-        tokens = self._draw(logits, row, source)
-        bad, reasons = _NONE, ()
-        if len(tokens) and tokens.min() < 0:
+        draw = self._draw_edited if self._edits.in_use or self._penalties.in_use else self._draw
+        tokens, num_bad = draw(logits, row, source)
+        bad, reasons = _NONE, _NO_REASONS
+        if num_bad:
             bad = np.flatnonzero(tokens < 0)
             reasons = tuple(_REASONS[code] for code in tokens[bad].tolist())
             tokens[bad] = -1
-            drew = np.flatnonzero(tokens >= 0)
-            self._advance(row[drew], tokens[drew])
-        else:
-            self._advance(row, tokens)
-        return Sampled(tokens, self._logprobs(logits, row, source, tokens), bad, reasons)
+        if self._penalties.in_use:
+            drew = tokens >= 0
+            self._penalties.record(row[drew], tokens[drew].astype(np.int64))
+        logprobs = self._logprobs(logits, row, source, tokens) if self._num_asking else None
+        return Sampled(tokens, logprobs, bad, reasons)
 
-    def _draw(self, logits: Tensor, rows: Ints, source: Ints) -> Tokens:
-        """Tokens [num_rows], or what is wrong: EMPTY where a row's own edits ruled out every token, else BROKEN."""
-        edited = _NONE
-        if self._edits.in_use or self._penalties.in_use:
-            edited = np.flatnonzero(self._edits.uses(rows, self._num_output[rows]) | self._penalties.uses(rows))
-        if not len(edited):
-            return self._draw_plain(logits, rows, source)
-        tokens = np.empty(len(rows), dtype=np.int32)
-        plain = np.setdiff1d(np.arange(len(rows)), edited)
+    def _draw(self, logits: Tensor, rows: Index, source: Index | None) -> tuple[Tokens, int]:
+        """For rows without edits: tokens [num_rows], BROKEN for a bad row, and how many those are."""
+        tokens, num_bad = self._drawer(logits, rows, source)
+        if num_bad:
+            np.maximum(tokens, BROKEN, out=tokens)  # a model that rules out every token
+        return tokens, num_bad
+
+    def _draw_edited(self, logits: Tensor, rows: Index, source: Index | None) -> tuple[Tokens, int]:
+        """For any rows: tokens [num_rows], BROKEN or, where edits leave nothing, EMPTY, and how many those are."""
+        if source is None:
+            source = np.arange(len(rows))
+        self._drawer.check(logits, rows, source)
+        is_edited = self._edits.uses(rows, self._position[rows]) | self._penalties.uses(rows)
+        plain, edited = np.flatnonzero(~is_edited), np.flatnonzero(is_edited)
+        tokens, num_bad = np.empty(len(rows), dtype=np.int32), 0
         if len(plain):
-            tokens[plain] = self._draw_plain(logits, rows[plain], source[plain])
+            tokens[plain], num_bad = self._draw(logits, rows[plain], source[plain])
         for start in range(0, len(edited), len(self._copies)):
             part = edited[start : start + len(self._copies)]
-            tokens[part] = self._draw_edited(logits, rows[part], source[part])
-        return tokens
+            row = rows[part]
+            x = torch.index_select(logits, 0, torch.from_numpy(source[part]), out=self._copies[: len(part)])
+            # Edits may hide a NaN, but a model that gave one is not to be trusted on the rest of the row.
+            broken = ~np.isfinite(ops.block_maxima(x).max(axis=1))
+            self._edits.apply(x.numpy(), row, self._position[row])
+            self._penalties.apply(x.numpy(), row)
+            x.numpy()[broken] = np.nan
+            tokens[part], more_bad = self._drawer(x, row)
+            num_bad += more_bad
+        return tokens, num_bad
 
-    def _draw_plain(self, logits: Tensor, rows: Ints, source: Ints) -> Tokens:
-        return np.maximum(ops.draw_tokens(logits, source, rows, self._table), BROKEN)
-
-    def _draw_edited(self, logits: Tensor, rows: Ints, source: Ints) -> Tokens:
-        x = torch.index_select(logits, 0, torch.from_numpy(source), out=self._copies[: len(rows)])
-        # Edits may hide a NaN, but a model that gave one is not to be trusted on the rest of the row.
-        broken = ~np.isfinite(ops.block_maxima(x).max(axis=1))
-        self._edits.apply(x.numpy(), rows, self._num_output[rows])
-        self._penalties.apply(x.numpy(), rows)
-        tokens = ops.draw_tokens(x, np.arange(len(rows)), rows, self._table)
-        tokens[broken] = BROKEN
-        return tokens
-
-    def _advance(self, rows: Ints, tokens: Tokens) -> None:
-        self._num_output[rows] += 1
-        if self._penalties.in_use:
-            self._penalties.record(rows, tokens.astype(np.int64))
-
-    def _logprobs(self, logits: Tensor, rows: Ints, source: Ints, tokens: Tokens) -> LogprobColumns | None:
+    def _logprobs(self, logits: Tensor, rows: Index, source: Index | None, tokens: Tokens) -> LogprobColumns | None:
         asked = np.flatnonzero((self._num_logprobs[rows] >= 0) & (tokens >= 0))
         if not len(asked):
             return None
-        return token_logprobs(
-            logits, asked, source[asked], tokens[asked].astype(np.int64), self._num_logprobs[rows[asked]]
-        )
-
-    def _check(self, logits: Tensor, rows: Ints, source: Ints) -> None:
-        if logits.ndim != 2 or logits.shape[1] != self.vocab_size or logits.dtype != torch.float32:
-            raise ValueError(
-                f"logits are {logits.dtype} {list(logits.shape)}, but float32 [num_logits, {self.vocab_size}] is needed"
-            )
-        if not logits.is_cpu:
-            raise ValueError(f"logits lie on {logits.device}, but this sampler reads CPU memory")
-        named, sources = rows.tolist(), source.tolist()  # a handful: Python is quicker than numpy
-        if len(sources) != len(named):
-            raise ValueError(f"logits_index has {len(sources)} entries for {len(named)} rows")
-        if sources and not 0 <= min(sources) <= max(sources) < len(logits):
-            raise ValueError(f"logits_index reaches {max(sources)}, but there are {len(logits)} rows of logits")
-        if not self._joined.issuperset(named):
-            raise ValueError(f"rows {named} name one that has not joined")
-        if len(set(named)) != len(named):
-            raise ValueError(f"rows {named} name one twice; a row draws one token per step")
+        at = asked if source is None else source[asked].astype(np.int64)
+        return token_logprobs(logits, asked, at, tokens[asked].astype(np.int64), self._num_logprobs[rows[asked]])
 
 
 _NONE = np.empty(0, dtype=np.int64)
+_NO_REASONS: tuple[str, ...] = ()
 _REASONS = {
     BROKEN: "the model gave NaN or infinite logits for this request",
     EMPTY: "no token is left to draw: allowed, banned and min_tokens together rule out every token that the model can "
