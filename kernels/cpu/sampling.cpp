@@ -11,7 +11,7 @@
 #include <cfloat>
 #include <cmath>
 
-#if defined(__AVX512F__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -66,16 +66,55 @@ INLINE vf larger(vf a, vf b) {
     return a == a ? m : a;
 }
 
+// The larger of both where both are numbers.
+INLINE vf larger_number(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE__)
+    return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return vmax(a, b);
+#endif
+}
+
+// Maxima of VL blocks that are whole; true where it may have passed by a NaN. Their vectors are interleaved with those
+// VL / 2, VL / 4, ... blocks on, so that lane i ends with block i.
+INLINE bool maxima_of_numbers(const float* x, float* maxima) {
+    vf now[VL], marks[4] = {};
+    const vf small = splat(0x1p-20f);  // sums of finite values stay finite
+    for (int b = 0; b < VL; b++) {
+        const float* from = x + b * BLOCK;
+        vf m[4] = {load(from), load(from + VL), load(from + 2 * VL), load(from + 3 * VL)};
+        for (int i = 0; i < 4; i++) marks[i] += m[i] * small;
+        for (long i = 4 * VL; i < BLOCK; i += 4 * VL)
+            for (int j = 0; j < 4; j++) {
+                const vf v = load(from + i + j * VL);
+                marks[j] += v * small;
+                m[j] = larger_number(m[j], v);
+            }
+        now[b] = larger_number(larger_number(m[0], m[1]), larger_number(m[2], m[3]));
+    }
+#pragma GCC unroll 4
+    for (int half = VL / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            now[i] = larger_number(low_halves(now[i], now[i + half]), high_halves(now[i], now[i + half]));
+    store(maxima, now[0]);
+    const float mark = hsum(marks[0] + marks[1] + marks[2] + marks[3]);  // NaN, or two infinities that differ
+    return mark != mark;
+}
+
 // Maxima of the blocks begin .. end - 1.
 void block_maxima(const float* x, long vocab, long begin, long end, float* maxima) {
-    for (long b = begin; b < end; b++) {
-        const float* from = x + b * BLOCK;
-        const long count = vocab - b * BLOCK;
-        vf m = load_or_mask(from, count);
-        if (count >= BLOCK)
-            for (long i = VL; i < BLOCK; i += VL) m = larger(m, load(from + i));
-        else
-            for (long i = VL; i < count; i += VL) m = larger(m, load_or_mask(from + i, count - i));
+    long b = begin;
+    for (; b + VL <= end && (b + VL) * BLOCK <= vocab; b += VL)
+        if (maxima_of_numbers(x + b * BLOCK, maxima + b)) break;
+    for (; b < end; b++) {
+        vf m = load_or_mask(x + b * BLOCK, vocab - b * BLOCK);
+        for (long i = b * BLOCK + VL; i < least(vocab, (b + 1) * BLOCK); i += VL)
+            m = larger(m, load_or_mask(x + i, vocab - i));
         maxima[b] = fold(m, larger);
     }
 }
@@ -141,7 +180,7 @@ int32_t most_likely(const float* x, const float* maxima, float row_max) {
     return (int32_t)id;
 }
 
-// Inverse CDF over all ids, in the order of the blocks of block_sums.
+// Inverts the CDF over all ids, in the order of the blocks of block_sums.
 int32_t draw_from_all(const float* x, long vocab, const float* sums, const Weight& weight, double u) {
     const long blocks = ceil_div(vocab, BLOCK);
     double total = 0.0;
@@ -297,16 +336,8 @@ void collect(const float* x, long vocab, const float* maxima, float bound, Entri
     to.count = count;
 }
 
-// Weights of the entries; those of less than `smallest`, or of none, are taken out.
-void weigh(Entries& e, const Weight& weight, float smallest) {
-    vf low = splat(1.0f);
-    for (long i = 0; i < e.count; i += VL) {
-        const vf w = weight(load_or(e.logits + i, e.count - i, INFINITY));
-        store(e.weights + i, w);
-        low = w < low ? w : low;
-    }
-    smallest = std::max(smallest, FLT_MIN);
-    if (-hmax(-low) >= smallest) return;
+// Takes out the entries of less weight than `smallest`.
+void drop_below(Entries& e, float smallest) {
     long kept = 0;
     for (long i = 0; i < e.count; i++) {
         e.logits[kept] = e.logits[i];
@@ -315,6 +346,44 @@ void weigh(Entries& e, const Weight& weight, float smallest) {
         kept += e.weights[i] >= smallest;
     }
     e.count = kept;
+}
+
+// Weights of the entries, of which those of less than `smallest`, or of none, are taken out.
+void weigh(Entries& e, const Weight& weight, float smallest) {
+    vf low = splat(1.0f);
+    for (long i = 0; i < e.count; i += VL) {
+        const vf w = weight(load_or(e.logits + i, e.count - i, INFINITY));
+        store(e.weights + i, w);
+        low = w < low ? w : low;
+    }
+    smallest = std::max(smallest, FLT_MIN);
+    if (-hmax(-low) < smallest) drop_below(e, smallest);
+}
+
+// Mass of the entries of at least this weight.
+double mass_from(const Entries& e, float smallest) {
+    double mass = 0.0;
+    for (long begin = 0; begin < e.count; begin += 64 * VL) {
+        vf sum{};
+        for (long i = begin; i < least(begin + 64 * VL, e.count); i += VL) {
+            const vf w = load_or(e.weights + i, e.count - i, 0.0f);
+            sum += w >= splat(smallest) ? w : vf{};
+        }
+        mass += hsum(sum);
+    }
+    return mass;
+}
+
+// Takes out light entries as long as the others hold more than the mass that is wanted, by bisection from `low` up: a
+// few sums over many entries cost less than their histogram.
+void narrow(Entries& e, double wanted, double low) {
+    if (e.count <= 8 * SORTED) return;
+    double high = 1.0;
+    for (int i = 0; i < 8; i++) {
+        const double middle = std::sqrt(low * high);
+        (mass_from(e, (float)middle) > wanted * (1.0 + 1e-5) ? low : high) = middle;
+    }
+    drop_below(e, (float)low);
 }
 
 // The logit below which a weight is surely below `weight`, with room for rounding.
@@ -343,17 +412,18 @@ int32_t draw_from_cut(const Problem& p, const float* x, const Settings& s, const
         return e;
     };
     Entries entries = columns(), spare = columns();
-    double bound = reach(row_max, s.temperature, s.min_p), mass = NAN;
+    double bound = reach(row_max, s.temperature, s.min_p), mass = 0.0, light = FLT_MIN;
     if (sums) {
-        // Ids of less than this weight have less than (1 - top_p) / 2 of the mass together: the nucleus ends before.
-        mass = 0.0;
         for (long j = 0; j < blocks; j++) mass += sums[j];
-        bound = reach(row_max, s.temperature, 0.5 * (1.0 - s.top_p) * mass / (double)vocab);
+        // Ids of less than this weight have less than (1 - top_p) / 2 of the mass together: the nucleus ends before.
+        light = std::max(light, 0.5 * (1.0 - s.top_p) * mass / (double)vocab);
+        bound = reach(row_max, s.temperature, light);
     } else if (s.top_k <= blocks) {
         bound = std::max(bound, (double)kth_block_maximum(maxima, blocks, s.top_k, spare.logits));
     }
     collect(x, vocab, maxima, (float)std::max(bound, -(double)FLT_MAX), entries);
     weigh(entries, weight, (float)s.min_p);
+    if (sums) narrow(entries, s.top_p * mass, light);
     const Ranking ranking(entries, spare);
     const long kept = least(s.top_k, entries.count);
     double total = mass;
