@@ -86,6 +86,7 @@ INLINE bool maxima_of_numbers(const float* x, float* maxima) {
     const vf small = splat(0x1p-20f);  // sums of finite values stay finite
     for (int b = 0; b < VL; b++) {
         const float* from = x + b * BLOCK;
+        for (int ahead = 0; ahead < BLOCK; ahead += 16) __builtin_prefetch(from + 512 + ahead);
         vf m[4] = {load(from), load(from + VL), load(from + 2 * VL), load(from + 3 * VL)};
         for (int i = 0; i < 4; i++) marks[i] += m[i] * small;
         for (long i = 4 * VL; i < BLOCK; i += 4 * VL)

@@ -43,9 +43,14 @@ class Sampled(msgspec.Struct, frozen=True):
 
 
 class SamplerState:
-    """Sampling parameters, positions and seen tokens of every row. Owned by one thread."""
+    """Sampling parameters, positions and seen tokens of every row. Owned by one thread.
 
-    def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...] = ()) -> None:
+    `backends` are those of the draws, as for `kernels.ops`.
+    """
+
+    def __init__(
+        self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...] = (), *, backends: ops.Backends = None
+    ) -> None:
         strange = [token for token in eos_token_ids if not 0 <= token < vocab_size]
         if strange:
             raise ValueError(f"EOS ids {strange} lie outside of the vocabulary of {vocab_size} tokens")
@@ -55,8 +60,9 @@ class SamplerState:
         self._penalties = PenaltyTable(max_rows, vocab_size)
         self._table = np.zeros(max_rows, dtype=DRAW_DTYPE)
         self._top_k, self._position = self._table["top_k"], self._table["position"]  # [max_rows], views
-        self._drawer = ops.token_drawer(self._table, vocab_size)
+        self._drawer = ops.token_drawer(self._table, vocab_size, backends=backends)
         self._num_logprobs = np.full(max_rows, -1, dtype=np.int64)  # -1 is off
+        self._backends = backends
         self._num_asking = 0  # rows that want log probabilities
         # Logits of rows that edit theirs are copied here, so many rows at a time that passes over them hit the cache.
         self._copies = torch.empty(max(1, min(max_rows, CHUNK_ELEMENTS // vocab_size)), vocab_size)
@@ -169,7 +175,7 @@ class SamplerState:
             row = rows[part]
             x = torch.index_select(logits, 0, torch.from_numpy(source[part]), out=self._copies[: len(part)])
             # Edits may hide a NaN, but a model that gave one is not to be trusted on the rest of the row.
-            broken = ~np.isfinite(ops.block_maxima(x).max(axis=1))
+            broken = ~np.isfinite(ops.block_maxima(x, backends=self._backends).max(axis=1))
             self._edits.apply(x.numpy(), row, self._position[row])
             self._penalties.apply(x.numpy(), row)
             x.numpy()[broken] = np.nan
