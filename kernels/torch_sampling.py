@@ -40,8 +40,9 @@ class TorchDrawer(TokenDrawer):
     def __call__(
         self, logits: Tensor, rows: npt.NDArray[np.signedinteger], source: npt.NDArray[np.signedinteger] | None = None
     ) -> tuple[npt.NDArray[np.int32], int]:
-        index = (np.arange(len(rows)) if source is None else source).astype(np.int64)
+        index = np.arange(len(rows)) if source is None else source
         self.check(logits, rows, index)
+        index = index.astype(np.int64)
         settings = self.table[rows]
         uniform = np.zeros(len(rows))
         if not settings["greedy"].all():

@@ -2,8 +2,8 @@
 // lie far apart, and the draw, which then reads little more than those. What each step means stands in
 // torch_sampling.py; ids are drawn in the same order there, and weights differ in the last bits of exp.
 //
-// Every sum has one order, whoever computes it: rows are cut into pieces of fixed size, and a piece is one thread's. A
-// row's token has the same bits in every batch and for any number of threads.
+// Every sum is one thread's, and adds up in the same order however a row is cut into pieces: a row's token is the same in
+// every batch and for any number of threads.
 
 #include "common.h"
 
@@ -17,12 +17,12 @@
 
 namespace {
 
-constexpr long BLOCK = 64;        // ids per block, LOGIT_BLOCK in arguments.py
+constexpr long BLOCK = 64;         // ids per block, LOGIT_BLOCK in arguments.py
 constexpr long MAXIMA_PIECE = 32;  // blocks whose maxima are found at a time
 constexpr long SUMS_PIECE = 512;   // blocks that are summed at a time, at most: their sums stay in L1
-constexpr long BINS = 1024;       // of a histogram over logits
-constexpr long SORTED = 128;      // so many entries are sorted outright
-constexpr float LEAST = -87.0f;   // exp of less is taken for 0
+constexpr int BINS = 1024;         // of a histogram over logits
+constexpr long SORTED = 128;       // so many entries are sorted outright
+constexpr float LEAST = -87.0f;    // exp of less is taken for 0
 constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this a thread team costs more than it saves
 
 // DRAW_DTYPE of arguments.py.
@@ -86,7 +86,7 @@ INLINE bool maxima_of_numbers(const float* x, float* maxima) {
     const vf small = splat(0x1p-20f);  // sums of finite values stay finite
     for (int b = 0; b < VL; b++) {
         const float* from = x + b * BLOCK;
-        for (int ahead = 0; ahead < BLOCK; ahead += 16) __builtin_prefetch(from + 512 + ahead);
+        for (int line = 0; line < BLOCK; line += 16) __builtin_prefetch(from + 512 + line);
         vf m[4] = {load(from), load(from + VL), load(from + 2 * VL), load(from + 3 * VL)};
         for (int i = 0; i < 4; i++) marks[i] += m[i] * small;
         for (long i = 4 * VL; i < BLOCK; i += 4 * VL)
@@ -171,7 +171,7 @@ double uniform(const Settings& s) {
     return (double)((uint64_t)(c[0] >> 5) << 26 | c[1] >> 6) * 0x1p-53;
 }
 
-// Where rounding would take a draw past the last id that has weight.
+// The target, or less where rounding would take it past the last id that has weight.
 double below(double target, double total) { return std::min(target, std::nextafter(total, 0.0)); }
 
 int32_t most_likely(const float* x, const float* maxima, float row_max) {
@@ -238,7 +238,7 @@ struct Histogram {
         if (flat) return;
         for (long i = 0; i < e.count; i += VL) {
             const vi bin = __builtin_convertvector((high - load(e.logits + i)) * scale, vi);
-            const vi inside = bin > BINS - 1 ? vi{} + (int)(BINS - 1) : bin;
+            const vi last = vi{} + (BINS - 1), inside = bin > last ? last : bin;
             memcpy(e.bins + i, &inside, sizeof inside);
         }
         memset(counts, 0, sizeof counts);

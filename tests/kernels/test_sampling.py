@@ -229,6 +229,7 @@ def test_what_a_draw_refuses(backend: Backend):
         ((torch.zeros(10, 2).t(), rows), "side by side"),
         ((x, rows.astype(np.float32)), "float32"),
         ((x, rows.astype(np.int16)), "int16"),
+        ((x, rows, rows / 2), "logits_index is float64"),
         ((x, rows[None]), r"rows is int64 \[1, 2\]"),
         ((x, rows, np.array([0, 2])), "reaches 2, but there are 2 rows"),
         ((x, rows, np.array([-1, 0])), "logits_index"),
