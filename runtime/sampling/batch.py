@@ -140,14 +140,15 @@ class SamplerState:
             source = np.asarray(source, dtype=np.int64)
         if logits.stride()[-1] != 1:
             logits = logits.contiguous()
-        draw = self._draw_edited if self._edits.in_use or self._penalties.in_use else self._draw
+        penalised = self._penalties.in_use
+        draw = self._draw_edited if penalised or self._edits.in_use else self._draw
         tokens, num_bad = draw(logits, row, source)
         bad, reasons = _NONE, _NO_REASONS
         if num_bad:
             bad = np.flatnonzero(tokens < 0)
             reasons = tuple(_REASONS[code] for code in tokens[bad].tolist())
             tokens[bad] = -1
-        if self._penalties.in_use:
+        if penalised:
             drew = tokens >= 0
             self._penalties.record(row[drew], tokens[drew].astype(np.int64))
         logprobs = self._logprobs(logits, row, source, tokens) if self._num_asking else None
