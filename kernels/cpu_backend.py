@@ -9,6 +9,8 @@ fixed segments of positions, merged in order; the rest works row by row).
 import ctypes
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,7 +19,9 @@ from millrace.kernels.arguments import (
     AttentionArgs,
     Backend,
     DecoderArgs,
+    DrawerArgs,
     Float8Args,
+    MaximaArgs,
     NormArgs,
     PackArgs,
     PackedDecoder,
@@ -26,11 +30,14 @@ from millrace.kernels.arguments import (
     QuantizedArgs,
     Refusal,
     RopeArgs,
+    SumsArgs,
+    TokenDrawer,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
 from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_matrix
 from millrace.kernels.cpu_quantized import CpuQuantized, pack_integers
+from millrace.kernels.cpu_sampling import CpuDrawer, block_maxima, block_sums
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -49,6 +56,9 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
     "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
     "mr_quantized_rows": ([_P, _P, _P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
+    "mr_block_maxima": ([_P, _L, _L, _L, _P, _I], None),
+    "mr_block_sums": ([_P, _L, _L, _L, _P, _P, _I], None),
+    "mr_draw_tokens": ([_P, _L, _L, _L, _P, _L, _P, _L, _P, _L, _L, _P, _I], _L),
     "mr_probe_read": ([_P, _L, _I], _F),
     "mr_probe_fma": ([_L, _I], _F),
     "mr_attention_max_dim": ([], _L),
@@ -211,6 +221,15 @@ class CpuBackend(Backend):
                 f" {cache.shape[0]} blocks"
             )
         return out
+
+    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
+        return block_maxima(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
+
+    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
+        return block_sums(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
+
+    def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
+        return CpuDrawer(self._library, args)
 
     def _refuse_head_dim(self, head_dim: int) -> Refusal | None:
         if head_dim % self._dim_step or head_dim > self._max_dim:

@@ -101,3 +101,33 @@ def copy_blocks(kv_storage: Array, source: Array, target: Array) -> Array:
     for a, b in zip(source, target, strict=True):
         storage[:, :, b] = kv_storage[:, :, a]
     return storage
+
+
+def block_maxima(logits: Array) -> Array:
+    """[rows, vocab] -> maxima over 64 neighbouring ids, NaN where one of them is."""
+    rows, vocab = logits.shape
+    return np.array([[logits[row, i : i + 64].max() for i in range(0, vocab, 64)] for row in range(rows)])
+
+
+def block_sums(logits: Array, row_max: Array) -> Array:
+    """[rows, vocab] -> sums of exp(logit - row_max) over ids that lie ceil(vocab / 64) apart."""
+    blocks = -(-logits.shape[1] // 64)
+    weights = np.exp(logits.astype(np.float64) - row_max[:, None])
+    return np.stack([weights[:, block::blocks].sum(axis=1) for block in range(blocks)], axis=1)
+
+
+def draw_order(logits: Array, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Array, Array]:
+    """Ids that can be drawn from logits [vocab], in the order in which the distribution is inverted, and their
+    probabilities."""
+    x = logits.astype(np.float64)
+    weights = np.exp((x - x.max()) / temperature)
+    blocks = -(-len(x) // 64)
+    if top_k >= len(x) and top_p >= 1.0 and min_p <= 0.0:
+        ids = np.lexsort((np.arange(len(x)), np.arange(len(x)) % blocks))
+    else:
+        ids = np.lexsort((np.arange(len(x)), -x))
+        ids = ids[weights[ids] >= min_p][:top_k]
+        if top_p < 1.0:
+            running = weights[ids].cumsum()
+            ids = ids[: (running < top_p * running[-1]).sum() + 1]
+    return ids, weights[ids] / weights[ids].sum()

@@ -272,7 +272,8 @@ class HostSampling:
                 bad_reasons=(*sampled.bad_reasons, *broken.values()),
             )
         # A row with broken logits has no token; it has ended, and what is computed behind it is dropped.
-        self._tokens.scatter(ready.rows, np.maximum(sampled.tokens, 0))
+        tokens = np.maximum(sampled.tokens, 0) if len(sampled.bad_rows) else sampled.tokens
+        self._tokens.scatter(ready.rows, tokens)
         ready.output.sampled = sampled
         ready.output.logits = None
 

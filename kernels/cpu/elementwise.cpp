@@ -8,10 +8,7 @@
 
 namespace {
 
-constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this it costs more to begin a team than it saves
-constexpr long CHUNK = 1024;                 // elements of a row that one thread activates at a time
-
-INLINE int useful(long elements, int threads) { return elements < PARALLEL_ELEMENTS ? 1 : threads; }
+constexpr long CHUNK = 1024;  // elements of a row that one thread activates at a time
 
 // Rows whose length is no multiple of VL end in a partial vector, which goes through a buffer.
 INLINE vf load_part(const float* p, long count) {
@@ -139,21 +136,21 @@ void gelu_tanh(const float* x, float* y, long count, Team& team) {
 EXPORT void mr_rms_norm(const float* x, float* residual, const float* weight, float* y, long rows, long width, float eps,
                         int threads) {
     const Norm norm{weight, nullptr, eps};
-    with_team(useful(rows * width, threads), [&](Team& team) { rms_norm(x, residual, norm, y, rows, width, team); });
+    with_team(useful_threads(rows * width, threads), [&](Team& team) { rms_norm(x, residual, norm, y, rows, width, team); });
 }
 
 EXPORT void mr_layer_norm(const float* x, float* residual, const float* weight, const float* bias, float* y, long rows,
                           long width, float eps, int threads) {
     const Norm norm{weight, bias, eps};
-    with_team(useful(rows * width, threads), [&](Team& team) { layer_norm(x, residual, norm, y, rows, width, team); });
+    with_team(useful_threads(rows * width, threads), [&](Team& team) { layer_norm(x, residual, norm, y, rows, width, team); });
 }
 
 EXPORT void mr_silu_mul(const float* gate_up, float* y, long rows, long width, int threads) {
-    with_team(useful(rows * width, threads), [&](Team& team) { silu_mul(gate_up, y, rows, width, team); });
+    with_team(useful_threads(rows * width, threads), [&](Team& team) { silu_mul(gate_up, y, rows, width, team); });
 }
 
 EXPORT void mr_gelu_tanh(const float* x, float* y, long count, int threads) {
-    with_team(useful(count, threads), [&](Team& team) { gelu_tanh(x, y, count, team); });
+    with_team(useful_threads(count, threads), [&](Team& team) { gelu_tanh(x, y, count, team); });
 }
 
 namespace {
@@ -213,7 +210,7 @@ EXPORT long mr_rope(float* q, float* k, const float* cos_sin, const int64_t* pos
                     long k_heads, long dim, long rotary_dim, long max_positions, int threads) {
     for (long t = 0; t < tokens; t++)
         if (positions[t] < 0 || positions[t] >= max_positions) return t + 1;
-#pragma omp parallel for num_threads(useful(tokens*(q_heads + k_heads) * dim, threads)) schedule(static)
+#pragma omp parallel for num_threads(useful_threads(tokens*(q_heads + k_heads) * dim, threads)) schedule(static)
     for (long t = 0; t < tokens; t++) {
         const float *cos = cos_sin + positions[t] * rotary_dim, *sin = cos + rotary_dim / 2;
         for (long h = 0; h < q_heads; h++) rotate(q + (t * q_heads + h) * dim, cos, sin, rotary_dim / 2);

@@ -55,6 +55,10 @@ class Team {
     int stage = 0;
 };
 
+constexpr long PARALLEL_ELEMENTS = 1 << 15;  // below this a team costs more to begin than it saves
+
+inline int useful_threads(long elements, int threads) { return elements < PARALLEL_ELEMENTS ? 1 : threads; }
+
 // body(team) in each of up to `threads` threads.
 template <class F>
 void with_team(int threads, F body) {

@@ -48,6 +48,10 @@ class LogitEdits:
         self._edits[row] = False
         self._min_tokens[row] = 0
 
+    @property
+    def in_use(self) -> bool:
+        return bool(self._allowed or self._shifts or self._held)
+
     def uses(self, rows: Ints, positions: Ints) -> npt.NDArray[np.bool_]:
         return self._edits[rows] | (positions < self._min_tokens[rows])
 

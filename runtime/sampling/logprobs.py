@@ -2,16 +2,13 @@
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from millrace.kernels import ops, torch_sampling
 from millrace.runtime.messages import LogprobColumns
-from millrace.runtime.sampling import distribution
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-
-CHUNK_ELEMENTS = 1 << 20  # logits handled at a time: 4 MiB, so that passes over them hit the cache
 
 
 def token_logprobs(logits: Tensor, index: Ints, logits_index: Ints, tokens: Ints, num_top: Ints) -> LogprobColumns:
@@ -30,21 +27,20 @@ def token_logprobs(logits: Tensor, index: Ints, logits_index: Ints, tokens: Ints
     logprobs = np.empty(count, dtype=np.float32)
     top_ids = np.full((count, max_top), -1, dtype=np.int32)
     top_logprobs = np.full((count, max_top), -np.inf, dtype=np.float32)
-    chunk = max(1, CHUNK_ELEMENTS // vocab)
-    scratch = torch.empty(min(chunk, count), distribution.num_blocks(vocab) * distribution.BLOCK)
+    chunk = max(1, torch_sampling.CHUNK_ELEMENTS // vocab)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
-        x = distribution.gather(logits, logits_index[part])
+        x = torch_sampling.gather(logits, logits_index[part])
         values, rows = x.numpy(), np.arange(len(x))
-        maxima = distribution.block_maxima(x)
+        maxima = ops.block_maxima(x)
         row_max = maxima.max(axis=1)
-        _, sums = distribution.softmax_weights(x, row_max, np.ones(len(x)), scratch)
-        normaliser = row_max + np.log(sums.cumsum(axis=1)[:, -1])  # [rows] float64
+        mass = ops.block_sums(x, row_max).cumsum(axis=1, dtype=np.float64)[:, -1]
+        normaliser = row_max + np.log(mass)  # [rows] float64
         logprobs[part] = values[rows, tokens[part]] - normaliser
         if max_top == 0:
             continue
-        bound = distribution.kth_block_maximum(maxima, np.maximum(num_top[part], 1))
-        ids, best = distribution.candidates(values, maxima, bound)
+        bound = torch_sampling.kth_block_maximum(maxima, np.maximum(num_top[part], 1))
+        ids, best = torch_sampling.candidates(values, maxima, bound)
         width = min(max_top, ids.shape[1])
         wanted = (np.arange(width) < num_top[part][:, None]) & (ids[:, :width] >= 0)
         found[part] = wanted.sum(axis=1)
@@ -75,7 +71,7 @@ def prompt_logprobs(logits: Tensor, next_tokens: npt.ArrayLike, k: int) -> Logpr
     count = len(tokens)
     if count != logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits need as many next_tokens, but {count} were given")
-    sound = np.flatnonzero(np.isfinite(distribution.block_maxima(logits).max(axis=1)))
+    sound = np.flatnonzero(np.isfinite(ops.block_maxima(logits).max(axis=1)))
     columns = token_logprobs(logits, sound, sound, tokens[sound], np.full(len(sound), k))
     if len(sound) == count:
         return columns

@@ -31,6 +31,10 @@ class PenaltyTable:
         self._presence = np.zeros(max_rows, dtype=np.float32)
         self._frequency = np.zeros(max_rows, dtype=np.float32)
 
+    @property
+    def in_use(self) -> bool:
+        return len(self._free) < len(self._marks)
+
     def uses(self, rows: Ints) -> npt.NDArray[np.bool_]:
         return self._slot[rows] >= 0
 

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from millrace.kernels import cpu_build, dispatch
+from millrace.kernels.arguments import Backend
+from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime.types import SamplingParams
 
 
@@ -77,3 +81,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=["torch", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "torch":
+        return TorchBackend()
+    if cpu_build.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    return CpuBackend(load_library(cpu_build.build_library(cpu_build.Toolchain())))
+
+
+@pytest.fixture(autouse=True)
+def default_backend(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "default_backends", lambda: (backend,))

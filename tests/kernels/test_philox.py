@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from millrace.runtime.sampling.philox import philox4x32, uniforms
+from millrace.kernels.philox import philox4x32, uniforms
 
 # counter, key, output; from the file kat_vectors of the Random123 distribution.
 KNOWN_ANSWERS = [

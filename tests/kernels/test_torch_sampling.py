@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from millrace.runtime.sampling import distribution as d
+from millrace.kernels import torch_sampling as d
 
 GRID = 1500
 UNIFORM = (np.arange(GRID) + 0.5) / GRID
@@ -38,8 +38,7 @@ def test_maxima_and_argmax(vocab):
 def test_draw_from_weights_follows_softmax(vocab, temperature):
     x = logits_like_a_model(vocab, 3)
     x[0, vocab // 2] = -np.inf if vocab > 1 else 0.0
-    scratch = torch.full((1, d.num_blocks(vocab) * d.BLOCK), torch.nan)
-    weights, sums = d.softmax_weights(x, x.numpy().max(axis=1), np.array([temperature]), scratch)
+    weights, sums = d.softmax_weights(x, x.numpy().max(axis=1), np.array([temperature]))
     tokens = d.draw_from_weights(weights.repeat(GRID, axis=0), sums.repeat(GRID, axis=0), UNIFORM)
     share = np.bincount(tokens, minlength=vocab) / GRID
     # A token's stretch of [0, 1) is one interval, so its share of the grid is right to one grid point.
@@ -50,8 +49,7 @@ def test_draw_from_weights_follows_softmax(vocab, temperature):
 def test_extreme_uniforms_draw_a_possible_token(uniform):
     x = torch.full((1, 200), -np.inf)
     x[0, [17, 90, 150]] = torch.tensor([0.1, 0.3, 0.2])
-    scratch = torch.empty(1, 256)
-    weights, sums = d.softmax_weights(x, np.array([0.3], dtype=np.float32), np.ones(1), scratch)
+    weights, sums = d.softmax_weights(x, np.array([0.3], dtype=np.float32), np.ones(1))
     assert d.draw_from_weights(weights, sums, np.array([uniform]))[0] in (17, 90, 150)
     assert d.draw_from_nucleus(weights[0, :200], x[0].numpy(), 0.99, uniform) in (17, 90, 150)
 
@@ -79,7 +77,7 @@ def test_candidates_are_complete_and_in_order(vocab, count):
 def test_nucleus_without_sorting_equals_the_sorted_one(top_p, temperature, spread):
     vocab = 777
     x = logits_like_a_model(vocab, 9, spread)
-    weights, _ = d.softmax_weights(x, x.numpy().max(axis=1), np.array([temperature]), torch.empty(1, 832))
+    weights, _ = d.softmax_weights(x, x.numpy().max(axis=1), np.array([temperature]))
     values = x[0].numpy()
     tokens = [d.draw_from_nucleus(weights[0, :vocab], values, top_p, u) for u in UNIFORM]
     full = probabilities(values, temperature)

@@ -1,4 +1,4 @@
-"""The arithmetic of drawing: blocks of maxima, softmax weights, candidates in order of likelihood, inverse CDF.
+"""Sampling in torch and numpy: the ops of `sampling`, and the arithmetic of drawing.
 
 Every function is batch-invariant: what it computes for a row is bit-identical in whatever batch, and at whatever place,
 the row stands. Maxima and comparisons are exact in any order. Sums are folds of elementwise additions, or running sums
@@ -9,18 +9,117 @@ likely token are read again in one piece. Weights are summed over BLOCK ids that
 of halves then adds long contiguous runs.
 """
 
+import threading
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from millrace.kernels.arguments import BROKEN, EMPTY, LOGIT_BLOCK, TokenDrawer
+from millrace.kernels.philox import uniforms
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Settings = npt.NDArray[np.void]  # of DRAW_DTYPE
+Number = TypeVar("Number", bound=np.generic)
 
-BLOCK = 64  # ids per block, a power of two
+BLOCK = LOGIT_BLOCK
+CHUNK_ELEMENTS = 1 << 20  # logits handled at a time: 4 MiB, so that passes over them hit the cache
 _BIN_SHIFT = 19  # float32 bits dropped to make a bin of weights: sixteen bins per power of two
 _LOWEST = np.finfo(np.float32).min  # a threshold that all finite logits pass and masked ones do not
+_scratch = threading.local()  # a place for weights: fresh pages for each step would cost more than the step
+
+
+class TorchDrawer(TokenDrawer):
+    """Rows are handled some at a time, so that passes over their logits hit the cache."""
+
+    def __call__(
+        self, logits: Tensor, rows: npt.NDArray[np.signedinteger], source: npt.NDArray[np.signedinteger] | None = None
+    ) -> tuple[npt.NDArray[np.int32], int]:
+        index = np.arange(len(rows)) if source is None else source
+        self.check(logits, rows, index)
+        index = index.astype(np.int64)
+        settings = self.table[rows]
+        uniform = np.zeros(len(rows))
+        if not settings["greedy"].all():
+            uniform = uniforms(settings["seed"], settings["choice"], settings["position"])
+        tokens = np.empty(len(rows), dtype=np.int32)
+        chunk = max(1, CHUNK_ELEMENTS // self.vocab)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            tokens[part] = _draw_chunk(gather(logits, index[part]), settings[part], uniform[part])
+        self.table["position"][rows[tokens >= 0]] += 1
+        return tokens, int((tokens < 0).sum())
+
+
+def _draw_chunk(x: Tensor, settings: Settings, uniform: Doubles) -> Ints:
+    maxima = block_maxima(x)
+    row_max = maxima.max(axis=1)
+    tokens = np.where(np.isneginf(row_max), EMPTY, BROKEN)
+    good, is_greedy = np.isfinite(row_max), settings["greedy"] != 0
+    greedy = np.flatnonzero(good & is_greedy)
+    if len(greedy):
+        tokens[greedy] = argmax(_pick(greedy, x.numpy()), _pick(greedy, maxima))
+    random = np.flatnonzero(good & ~is_greedy)
+    if len(random):
+        tokens[random] = _draw_random(
+            gather(x, random), _pick(random, maxima), row_max[random], settings[random], uniform[random]
+        )
+    return tokens
+
+
+def _draw_random(x: Tensor, maxima: Floats, row_max: Floats, settings: Settings, uniform: Doubles) -> Ints:
+    vocab = x.shape[1]
+    temperature, top_k, top_p, min_p = (settings[name] for name in ("temperature", "top_k", "top_p", "min_p"))
+    cut = (top_k < vocab) | (min_p > 0.0)
+    tokens = np.empty(len(x), dtype=np.int64)
+    mass = np.full(len(x), np.nan)
+
+    full = np.flatnonzero(~cut)  # those need the mass of the whole vocabulary
+    weights = np.empty((0, vocab), dtype=np.float32)
+    if len(full):
+        weights, sums = softmax_weights(gather(x, full), row_max[full], temperature[full])
+        mass[full] = sums.cumsum(axis=1)[:, -1]
+        free = np.flatnonzero(top_p[full] >= 1.0)
+        if len(free):
+            tokens[full[free]] = draw_from_weights(_pick(free, weights), _pick(free, sums), uniform[full[free]])
+
+    filtered = np.flatnonzero(cut | (top_p < 1.0))
+    if not len(filtered):
+        return tokens
+    # top_p alone is tried on a few of the most likely ids: few enough that most blocks drop out, or all where sorting
+    # them costs no more than looking again.
+    first = min(num_blocks(vocab) // 4, 256) if num_blocks(vocab) > 16 else vocab
+    bound = kth_block_maximum(maxima, np.where(top_k < vocab, top_k, first))
+    by_min_p = reach(row_max, temperature, min_p)
+    # min_p alone is decided by a weight; beside top_k, the tighter of both bounds holds all that is kept.
+    only_min_p = (min_p > 0.0) & (top_k >= vocab)
+    bound = np.where(only_min_p, by_min_p, np.maximum(bound, by_min_p))
+    ids, values = candidates(_pick(filtered, x.numpy()), _pick(filtered, maxima), bound[filtered])
+    tokens[filtered], enough = draw_filtered(
+        ids,
+        values,
+        row_max=row_max[filtered],
+        temperature=temperature[filtered],
+        top_k=top_k[filtered],
+        top_p=top_p[filtered],
+        min_p=min_p[filtered],
+        mass=mass[filtered],
+        uniform=uniform[filtered],
+    )
+    for one in filtered[~enough]:
+        weight = weights[np.searchsorted(full, one), :vocab]
+        tokens[one] = draw_from_nucleus(weight, x[one].numpy(), float(top_p[one]), float(uniform[one]))
+    return tokens
+
+
+def _pick(places: Ints, array: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """The given rows, in order, without a copy where that is all of them."""
+    return array if len(places) == len(array) else array[places]
 
 
 def gather(logits: Tensor, index: Ints) -> Tensor:
@@ -55,22 +154,33 @@ def argmax(logits: Floats, maxima: Floats) -> Ints:
     return token
 
 
-def softmax_weights(logits: Tensor, row_max: Floats, temperature: Doubles, scratch: Tensor) -> tuple[Floats, Doubles]:
+def block_sums(logits: Tensor, row_max: Floats) -> Floats:
+    """See `sampling.block_sums`."""
+    sums = np.empty((len(logits), num_blocks(logits.shape[1])), dtype=np.float32)
+    chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), chunk):
+        part = slice(start, start + chunk)
+        sums[part] = softmax_weights(logits[part], row_max[part], np.ones(len(row_max[part])))[1]
+    return sums
+
+
+def softmax_weights(logits: Tensor, row_max: Floats, temperature: Doubles) -> tuple[Floats, Doubles]:
     """Unnormalised probabilities exp((logit - max) / temperature), and their sums over blocks.
 
     Args:
         logits: [rows, vocab] float32, without NaN or +inf.
         row_max: [rows].
         temperature: [rows], above 0.
-        scratch: at least [rows, num_blocks * BLOCK] float32; the weights are written here.
 
     Returns:
-        weights [rows, num_blocks * BLOCK], zero behind the vocabulary, and sums [rows, num_blocks]: block j holds the
-        ids j, j + num_blocks, j + 2 * num_blocks, ...
+        weights [rows, num_blocks * BLOCK], zero behind the vocabulary, which the thread's next call overwrites; and
+        sums [rows, num_blocks]: block j holds the ids j, j + num_blocks, j + 2 * num_blocks, ...
     """
     rows, vocab = logits.shape
     width = num_blocks(vocab) * BLOCK
-    padded = scratch[:rows, :width]
+    if not hasattr(_scratch, "weights") or _scratch.weights.numel() < rows * width:
+        _scratch.weights = torch.empty(rows * width)
+    padded: Tensor = _scratch.weights[: rows * width].view(rows, width)
     weights = padded[:, :vocab]
     torch.sub(logits, torch.from_numpy(row_max)[:, None], out=weights)
     weights.mul_(torch.from_numpy((1.0 / temperature).astype(np.float32))[:, None]).exp_()
@@ -207,7 +317,8 @@ def draw_filtered(
 def draw_from_nucleus(weights: Floats, logits: Floats, top_p: float, uniform: float) -> int:
     """Draws from a nucleus that may be most of the vocabulary, without sorting it; for one row.
 
-    Weights fall into bins by their leading bits. The bin where the mass reaches top_p is sorted, no other is.
+    Weights fall into bins by their leading bits. Only the bins where the mass reaches top_p and the drawn number are
+    sorted.
 
     Args:
         weights: [vocab], of `softmax_weights`.
@@ -220,8 +331,7 @@ def draw_from_nucleus(weights: Floats, logits: Floats, top_p: float, uniform: fl
     last = len(running) - 1
     wanted = top_p * running[-1]
     cut = int((running < wanted).sum())  # place of the bin in which the nucleus ends
-    ids = np.flatnonzero(bins == last - cut)
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    ids = _ranked(np.flatnonzero(bins == last - cut), logits)
     before = running[cut - 1] if cut else 0.0
     inner = weights[ids].astype(np.float64).cumsum()
     inner = inner[: (inner < wanted - before).sum() + 1]
@@ -229,8 +339,13 @@ def draw_from_nucleus(weights: Floats, logits: Floats, top_p: float, uniform: fl
     target = min(uniform * total, np.nextafter(total, 0.0))
     if target < before:
         place = int((running <= target).sum())
-        ids = np.flatnonzero(bins == last - place)
+        ids = _ranked(np.flatnonzero(bins == last - place), logits)
         before = running[place - 1] if place else 0.0
         inner = weights[ids].astype(np.float64).cumsum()
     index, _ = _invert(inner[None], np.array([target - before]))
     return int(ids[index[0]])
+
+
+def _ranked(ids: Ints, logits: Floats) -> Ints:
+    """Ids, ascending, put into the order of likelihood."""
+    return ids[np.argsort(-logits[ids], kind="stable")]
