@@ -21,8 +21,8 @@ _CHUNK = 256 << 20  # bytes of address space taken at a time; pages are committe
 
 
 class _WeightMemory:
-    """Hands out parts of large mappings. The allocator of the C library would do for one large matrix, but smaller ones,
-    and whatever fits into what was freed before, it puts onto pages of 4 KiB."""
+    """Hands out parts of large mappings. The C library's allocator would do for one large matrix; but smaller ones, and
+    whatever fits into what was freed before, it puts onto pages of 4 KiB."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
