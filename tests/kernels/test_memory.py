@@ -1,6 +1,7 @@
 """Where weights lie."""
 
 import gc
+import itertools
 import mmap
 import sys
 import threading
@@ -43,9 +44,7 @@ def test_tensors_are_apart_aligned_and_writable(mappings: list["weakref.ref[mmap
     tensors = [empty_weight([rows, 13], dtype) for rows in (1, 7, 1000, 3)]
     assert [tensor.shape for tensor in tensors] == [(1, 13), (7, 13), (1000, 13), (3, 13)]
     assert all(tensor.dtype == dtype and tensor.data_ptr() % LINE == 0 for tensor in tensors)
-    assert all(
-        end <= begin for (_, end), (begin, _) in zip(map(bounds, tensors), map(bounds, tensors[1:]), strict=False)
-    )
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(map(bounds, tensors)))
     for value, tensor in enumerate(tensors):
         tensor.fill_(value)
     assert all((tensor.float() == value).all() for value, tensor in enumerate(tensors))
@@ -92,4 +91,4 @@ def test_threads_get_memory_of_their_own(mappings: list["weakref.ref[mmap.mmap]"
         thread.join()
     places = sorted(map(bounds, found))
     assert len(places) == 200
-    assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
