@@ -1,6 +1,6 @@
 // Philox4x32-10, the counter-based generator of Salmon et al. 2011 ("Parallel random numbers: as easy as 1, 2, 3").
 //
-// The same function as millrace.runtime.sampling.philox: the key is the seed, the counter is (low word of the position,
+// The same function as millrace.kernels.philox: the key is the seed, the counter is (low word of the position,
 // choice, high word of the position, round). Round 0 gives the numbers that the CPU sampler draws with.
 #pragma once
 #include "prelude.cuh"
