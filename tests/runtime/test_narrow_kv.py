@@ -75,6 +75,7 @@ def test_logits_have_the_same_bits_alone_and_in_a_batch(kv: str) -> None:
         assert torch.equal(alone.step({0: [seq + 5]})[0], batch[1][seq])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_of", ["default", "torch"])
 @pytest.mark.parametrize("kv", KINDS)
 async def test_tokens_are_the_same_whatever_happens_to_a_request(kv: str, made_of: str) -> None:

@@ -59,6 +59,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 700])
 @pytest.mark.parametrize("name", CASES)
@@ -121,6 +122,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTS)
 def test_planted_bug_is_caught(planted, name):
     planted({"attention_plan.cu": [PLANTS[name]]}, all_cases)

@@ -140,6 +140,7 @@ def test_planted_case_without_a_bug(four_ways: Any) -> None:
     four_ways(planted_case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bugs(planted: Any, name: str) -> None:
     planted({"copy.cu": [BUGS[name]]}, planted_case)

@@ -20,6 +20,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [draw.randrange(1, 211) for _ in range(length)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("overlap", [True, False])
 async def test_a_batch_under_every_order(shim: ShimLauncher, policy: str, overlap: bool) -> None:

@@ -108,6 +108,7 @@ def test_chunks_behind_a_prefix_then_decode_steps(pair: Pair) -> None:
     check(pair, tokens, torch.cat(got))
 
 
+@pytest.mark.slow
 def test_ragged_batches(pair: Pair) -> None:
     """Several sequences in one prefill step, over shuffled tables and a poisoned pool, then decode steps of all."""
     prompts = {seq: random_tokens(length, seed=seq) for seq, length in enumerate((1, 16, 33, 40))}

@@ -82,6 +82,7 @@ async def traffic(driver: FakeDriver, shim: ShimLauncher, *, slots: int = 60, **
     return right, swaps.num_out, swaps.num_in
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("overlap", [True, False])
 async def test_tokens_are_right_under_every_order(shim: ShimLauncher, policy: str, overlap: bool) -> None:

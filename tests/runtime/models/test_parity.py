@@ -94,6 +94,7 @@ def test_only_the_wanted_logits(pair: Pair) -> None:
         assert difference(last[seq][0], every[seq][-1]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_sixty_four_greedy_tokens(pair: Pair) -> None:
     prompts = {seq: random_tokens(length, seed=seq) for seq, length in enumerate((3, 40))}
     sequences = PagedSequences(pair.model, len(prompts), 112, seed=5)

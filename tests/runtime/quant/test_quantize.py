@@ -92,6 +92,7 @@ def reference_perplexity(reference: Any, rows: Tensor) -> float:
     return math.exp(total / (rows.numel() - len(rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method", "options"), [
     ("llama", "awq", {}),
     ("mistral", "awq", {}),
@@ -131,6 +132,7 @@ def test_reports_tell_what_transformers_makes_of_the_written_weights(
 
 
 # What is left between the two is the rounding of activations, which int4 has none of.
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "near"), [("int8", 0.03), ("int4", 1e-5), ("fp8", 0.12)])
 def test_transformers_loads_compressed_tensors(
     method: str, near: float, checkpoint: Path, tmp_path: Path, text: Path
@@ -185,6 +187,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["awq", "gptq", "int8"])
 def test_a_killed_run_goes_on_where_it_was(method: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
     options = {"calibration": text, **SMALL}

@@ -50,6 +50,7 @@ def test_no_columns_where_nobody_asks():
     assert state.sample(coarse(2, 50, 0), [0, 1]).logprobs is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "vocab"), [(1, 70), (40, 1000), (30, 60_000)])
 @pytest.mark.parametrize("k", [0, 1, 20])
 def test_prompt_logprobs(count, vocab, k):
