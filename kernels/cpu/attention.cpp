@@ -2,7 +2,8 @@
 //
 // Keys are taken in segments of SEGMENT positions, counted from position 0. Each segment gets its own softmax maximum,
 // sum and weighted values, and segments are merged in order of position. A query's result therefore has the same bits
-// however its sequence was cut into chunks, batched, or shared among threads. Only slots inside the context are read.
+// however its sequence was cut into chunks, batched, or shared among threads. Slots behind a context's end are read
+// within its last block, whatever they hold, and their scores masked.
 //
 // Elements of the pool are widened as a segment is read. Scales, where it has them, are those of a slot: a key's goes
 // onto its scores, a value's onto its weights.
@@ -15,7 +16,7 @@ constexpr int TILE_ROWS = 96;  // query rows (tokens x heads that share a kv hea
 
 // Not inlined: the compiler would ask for the address again and again, in the middle of loops.
 __attribute__((noinline)) Space& own_space() {
-    static thread_local Space space;  // zeroed, and `zeros` stays so
+    static thread_local Space space;
     return space;
 }
 

@@ -35,7 +35,6 @@ struct Space {
     alignas(64) float value_scales[SEGMENT];
     alignas(64) float scores[FEW * SEGMENT];
     alignas(64) float values[FEW * MAX_DIM];
-    alignas(64) float zeros[MAX_DIM];
     Scratch query, state;                          // [rows][dim] scaled queries; [rows][dim + 2] running results
 };
 
