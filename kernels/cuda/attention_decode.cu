@@ -1,4 +1,4 @@
-// Decode attention over the paged pool, in one file (over 500 lines) because its stages share registers and shared memory:
+// Decode attention over the paged pool, in one file of over 500 lines because its stages share registers and memory:
 // one or a few query tokens per sequence, split-KV by a work table. See attention.cuh for layouts and data flow.
 //
 // Variants: MR_T bf16 | f16; MR_KV the same, fp8 or int8; MR_HEAD_DIM; MR_ROWS 8 or 16, at least num_queries * group;
