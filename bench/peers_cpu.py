@@ -14,7 +14,8 @@ round. Rates of decoding count from the moment when every sequence has its first
 `millrace serve` and llama-server.
 
 All of it takes hours. With --add a run keeps what the JSON file holds of other shapes and precisions, so that it can
-be done in pieces: the engines of one precision are always compared within one run.
+be done in pieces: the engines of one precision are always compared within one run, as are the streams over HTTP, which
+--http-only measures alone.
 
 Leave the machine alone meanwhile. Exit status: 0; 1 if an engine failed or time ran out; 2 for wrong arguments.
 """
@@ -23,7 +24,6 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -107,6 +107,7 @@ class Bench:
                 self.args.rounds,
                 self.deadline,
                 self.console.print,
+                lambda: read_bandwidth(self.args.threads),
                 into=parts[precision],
             )
 
@@ -154,7 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rebuild", nargs="+", default=[], choices=list(RECIPES), metavar="PEER")
     parser.add_argument("--build", action="store_true", help="build and convert what is missing, measure nothing")
     parser.add_argument("--quick", action="store_true", help="one round of the 0.5B shape, llama.cpp and OpenVINO only")
-    parser.add_argument("--no-http", action="store_true", help="leave out the streams over HTTP")
+    http = parser.add_mutually_exclusive_group()
+    http.add_argument("--no-http", action="store_true", help="leave out the streams over HTTP")
+    http.add_argument("--http-only", action="store_true", help="nothing but the streams over HTTP")
     parser.add_argument("--add", action="store_true", help="to what the JSON file holds; else it is written anew")
     parser.add_argument("--json", type=Path, default=RESULTS / "peers_cpu.json", metavar="FILE")
     parser.add_argument("--plot", type=Path, default=RESULTS / "peers_cpu.png", metavar="FILE")
@@ -173,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
         engines = chosen(args.peers, args.precisions)
     except ValueError as error:
         parser.error(str(error))
+    if args.http_only:
+        engines, args.precisions = [LLAMA_OVER_HTTP], []
     # Builds and servers run in sessions of their own, so a signal that ends this process must end them, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -190,7 +195,7 @@ def _earlier(parser: argparse.ArgumentParser, file: Path, threads: int) -> dict[
     try:
         earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))
         loads, of = earlier["loads"], earlier["threads"]
-        for key in ("shapes", "http", "not_built", "read_bandwidth"):
+        for key in ("shapes", "http", "not_built"):
             earlier[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"--add needs a result of this bench to add to, and {file} is none ({error}): run once without")
@@ -204,14 +209,12 @@ def run(bench: Bench, engines: Sequence[Engine]) -> int:
     bench.deadline = time.monotonic() + 60 * args.minutes
     result: dict[str, Any] = {
         "bench": "peers_cpu", "threads": args.threads, "rounds": args.rounds, "loads": [load.name for load in LOADS],
-        "load_before": os.getloadavg()[0], "not_built": bench.not_built, "read_bandwidth": [], "shapes": {}, "http": {},
+        "load_before": os.getloadavg()[0], "not_built": bench.not_built, "shapes": {}, "http": {},
     }  # fmt: skip
     measured: dict[str, dict[str, Samples]] = {}
     try:
         for shape in args.shapes:
-            result["read_bandwidth"].append(read_bandwidth(args.threads))
             bench.measure(engines, shape, measured.setdefault(shape, {}))
-            result["read_bandwidth"].append(read_bandwidth(args.threads))
             if not args.no_http:
                 result["http"][shape] = bench.measure_http(shape)
     finally:
@@ -233,11 +236,12 @@ def report(
     built: Collection[str],
 ) -> None:
     """Tables, then the JSON, then the plot where matplotlib is installed; of what there is, if the run was stopped."""
-    bandwidth = statistics.median(result["read_bandwidth"])
     for shape, parts in measured.items():
+        if not parts:
+            continue
         console.print(table.ratio_table(shape, parts, LOADS))
-        console.print(table.floor_table(shape, preset(shape), parts, LOADS, bandwidth))
-        result["shapes"][shape] = table.summary(preset(shape), parts, LOADS, bandwidth)
+        console.print(table.floor_table(shape, preset(shape), parts, LOADS))
+        result["shapes"][shape] = table.summary(preset(shape), parts, LOADS)
     for shape, part in result["http"].items():
         console.print(http_part.http_table(shape, part))
     if args.add:
@@ -245,6 +249,8 @@ def report(
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     console.print(f"written: {args.json}")
+    if not result["shapes"]:
+        return
     try:
         table.plot(result, args.plot)
     except ImportError:

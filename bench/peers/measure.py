@@ -54,9 +54,13 @@ class Running(Protocol):
 
 @dataclass
 class Samples:
-    """Of one precision: answers[label][load], one for each round (None where a round gave none), and what failed."""
+    """Of one precision: answers[label][load], one for each round (None where a round gave none), and what failed.
+
+    `read_rates` are the machine's, by load and round: bytes per second, before the round's first engine of a load.
+    """
 
     answers: dict[str, dict[str, list[dict[str, Any] | None]]] = field(default_factory=dict)
+    read_rates: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +77,7 @@ def measure(
     rounds: int,
     deadline: float,
     told: Callable[[str], None],
+    read_rate: Callable[[], float],
     loads: Sequence[Load] = LOADS,
     clock: Callable[[], float] = time.monotonic,
     into: Samples | None = None,
@@ -83,6 +88,7 @@ def measure(
         start: gives a loaded worker, or raises WorkerError.
         together: all engines stay loaded; else each is loaded for its turn, which then is a whole round.
         deadline: by `clock`; nothing new is begun after it.
+        read_rate: asked before the engines' turns at a load, since a machine's rate drifts within a run.
         into: what is returned; given, it holds what there is when an interrupt ends the run.
 
     Every load is run once before its first round counts: engines meet a batch's shape, grow buffers and make contexts
@@ -90,6 +96,7 @@ def measure(
     """
     samples = Samples() if into is None else into
     samples.answers = {e.label: {load.name: [] for load in loads} for e in engines}
+    samples.read_rates = {load.name: [] for load in loads}
     running: dict[str, Running] = {}
     warm: set[tuple[str, str]] = set()  # labels and loads
 
@@ -121,6 +128,8 @@ def measure(
     try:
         for number in range(rounds):
             for engine, load in turns(engines, loads, number, together):
+                if len(samples.read_rates[load.name]) == number:
+                    samples.read_rates[load.name].append(read_rate())
                 job(engine, load, number)
                 if not together and load is loads[-1]:
                     close(engine.label)

@@ -63,6 +63,14 @@ def floor_rate(config: Mapping[str, Any], precision: str, load: Load, bandwidth:
     return load.sequences * bandwidth / weight_bytes(config, precision)
 
 
+def floor_shares(
+    config: Mapping[str, Any], precision: str, samples: Samples, label: str, load: Load
+) -> dict[str, float] | None:
+    """The spread of an engine's rate over the floor at the machine's rate of the same round."""
+    rounds = zip(samples.answers[label][load.name], samples.read_rates[load.name], strict=False)
+    return spread([load.rate(answer) / floor_rate(config, precision, load, rate) for answer, rate in rounds if answer])
+
+
 def ratio_table(shape: str, parts: Mapping[str, Samples], loads: Sequence[Load]) -> Table:
     table = Table(title=f"{shape}: Millrace's tokens/s over the peer's, median (min-max) of rounds")
     for column in ("", "peer", *(load.name for load in loads), "same first token"):
@@ -75,21 +83,15 @@ def ratio_table(shape: str, parts: Mapping[str, Samples], loads: Sequence[Load])
     return table
 
 
-def floor_table(
-    shape: str, config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load], bandwidth: float
-) -> Table:
+def floor_table(shape: str, config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load]) -> Table:
     decodes = [load for load in loads if load.new_tokens > 1]
-    table = Table(title=f"{shape}: share of the floor, weights read once a step at {bandwidth / 1e9:.1f} GB/s")
+    table = Table(title=f"{shape}: share of the floor, the weights read once a step at the machine's rate")
     for column in ("", "engine", *(load.name for load in decodes)):
         table.add_column(column, justify="left" if column in ("", "engine") else "right")
     for precision, samples in parts.items():
         for label in samples.answers:
-            cells = []
-            for load in decodes:
-                found = spread(rates(samples, label, load))
-                floor = floor_rate(config, precision, load, bandwidth)
-                cells.append("-" if found is None else f"{found['median'] / floor:.0%}")
-            table.add_row(precision, label, *cells)
+            found = [floor_shares(config, precision, samples, label, load) for load in decodes]
+            table.add_row(precision, label, *("-" if share is None else f"{share['median']:.0%}" for share in found))
     return table
 
 
@@ -97,8 +99,8 @@ def _cell(found: Mapping[str, float] | None) -> str:
     return "-" if found is None else f"{found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})"
 
 
-def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load], bandwidth: float) -> Any:
-    """For the JSON of a shape: rates and ratios of every cell, floors, versions, what failed."""
+def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load]) -> Any:
+    """For the JSON of a shape: rates and ratios of every cell, shares of the floor, versions, what failed."""
     return {
         precision: {
             "rates": {label: {load.name: rates(samples, label, load) for load in loads} for label in samples.answers},
@@ -114,8 +116,14 @@ def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequ
                 for label in samples.answers
                 if label != MILLRACE
             },
-            "floors": {
-                load.name: floor_rate(config, precision, load, bandwidth) for load in loads if load.new_tokens > 1
+            "read_rates": samples.read_rates,
+            "floor_shares": {
+                label: {
+                    load.name: floor_shares(config, precision, samples, label, load)
+                    for load in loads
+                    if load.new_tokens > 1
+                }
+                for label in samples.answers
             },
             "same_first_token": {label: agreement(samples, label) for label in samples.answers if label != MILLRACE},
             "versions": samples.versions,
@@ -143,7 +151,6 @@ def added(earlier: Mapping[str, Any], result: Mapping[str, Any], built: Collecti
     return {
         **result,
         "not_built": {**not_built, **result["not_built"]},
-        "read_bandwidth": [*earlier["read_bandwidth"], *result["read_bandwidth"]],
         "shapes": shapes,
         "http": {**earlier["http"], **result["http"]},
     }

@@ -163,18 +163,20 @@ def test_engines_take_turns_and_rounds_give_ratios(together: bool) -> None:
         workers.append(Fake(clock, 1.0 if engine is OWN else 3.0))
         return workers[-1]
 
-    samples = measure([OWN, PEER], begin, together, 2, 1e9, said.append, SMALL, clock)
+    rates = iter([1e9, 2e9, 3e9, 4e9])
+    samples = measure([OWN, PEER], begin, together, 2, 1e9, said.append, rates.__next__, SMALL, clock)
     assert len(workers) == (2 if together else 4) and all(worker.closed for worker in workers)
     assert table.ratios(samples, "peer", SMALL[0]) == [3.0, 3.0] == table.ratios(samples, "peer", SMALL[1])
     assert table.spread([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0} and table.spread([]) is None
     assert table.agreement(samples, "peer") == 1.0
     assert said[0] == "round 1, two: Millrace" and len(said) == 8 and not samples.failed
+    assert samples.read_rates == {"two": [1e9, 3e9], "prompt": [2e9, 4e9]}
 
 
 def test_an_engine_that_fails_is_out_and_the_rest_goes_on() -> None:
     clock = Clock()
     made = {OWN: Fake(clock, 1.0), PEER: Fake(clock, 1.0, fails_at=3)}
-    samples = measure([OWN, PEER], made.__getitem__, True, 2, 1e9, lambda _: None, SMALL, clock)
+    samples = measure([OWN, PEER], made.__getitem__, True, 2, 1e9, lambda _: None, lambda: 1e9, SMALL, clock)
     assert samples.failed == {"peer": "prompt: out of memory"}
     assert made[PEER].closed and made[PEER].jobs == 3 and made[OWN].jobs == 6
     assert samples.answers["peer"]["prompt"] == [None, None]
@@ -188,14 +190,15 @@ def test_an_engine_that_cannot_start_is_out() -> None:
             raise WorkerError("no such library")
         return Fake(Clock(), 1.0)
 
-    samples = measure([PEER], begin, True, 1, 1e9, lambda _: None, SMALL, Clock())
+    samples = measure([PEER], begin, True, 1, 1e9, lambda _: None, lambda: 1e9, SMALL, Clock())
     assert samples.failed == {"peer": "two: no such library"}
     assert table.agreement(samples, "peer") is None
 
 
 def test_nothing_begins_after_the_deadline() -> None:
     clock = Clock()
-    samples = measure([OWN], lambda _: Fake(clock, 1.0), True, 3, clock() + 8, lambda _: None, SMALL, clock)
+    end = clock() + 8
+    samples = measure([OWN], lambda _: Fake(clock, 1.0), True, 3, end, lambda _: None, lambda: 1e9, SMALL, clock)
     assert samples.failed == {"time": "ran out in round 2 at prompt"}
     assert [len([a for a in answers if a]) for answers in samples.answers[MILLRACE].values()] == [2, 1]
 
@@ -249,7 +252,8 @@ def results(own: float, other: float) -> Samples:
         {
             MILLRACE: {load.name: [answer(own, load), answer(own, load)] for load in LOADS},
             "llama.cpp F32": {load.name: [answer(other, load), None] for load in LOADS},
-        }
+        },
+        {load.name: [20e9, 10e9] for load in LOADS},
     )
 
 
@@ -259,10 +263,14 @@ def test_tables_json_and_plot(tmp_path: Path) -> None:
     console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
     config = preset("qwen2.5-0.5b")
     console.print(table.ratio_table("shape", parts, LOADS))
-    console.print(table.floor_table("shape", config, parts, LOADS, 20e9))
+    console.print(table.floor_table("shape", config, parts, LOADS))
     said = console.export_text()
     assert "2.00 (2.00-2.00)" in said and "4.00 (4.00-4.00)" in said and "100%" in said
-    shape = json.loads(json.dumps(table.summary(config, parts, LOADS, 20e9)))
+    shape = json.loads(json.dumps(table.summary(config, parts, LOADS)))
+    floor = table.floor_rate(config, "fp32", LOADS[0], 20e9)
+    share = shape["fp32"]["floor_shares"][MILLRACE]["batch 1"]  # of rounds, each at the rate that the machine had then
+    assert (share["min"], share["max"]) == pytest.approx((63 / floor, 2 * 63 / floor))
+    assert shape["fp32"]["floor_shares"]["llama.cpp F32"]["batch 1"]["max"] == pytest.approx(31.5 / floor)
     assert shape["int8"]["ratios"]["llama.cpp F32"]["batch 16"] == {"min": 4.0, "median": 4.0, "max": 4.0}
     assert shape["fp32"]["rates"]["llama.cpp F32"]["batch 1"] == [63 / 2.0]
     assert shape["fp32"]["whole"]["llama.cpp F32"]["batch 1"] == [{"seconds": 3.0, "first_tokens": 1.0}, None]
@@ -477,9 +485,22 @@ def test_wrong_arguments(arguments: list[str], told: str, capsys: pytest.Capture
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+def test_streams_over_http_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(peers_cpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(peers_cpu.Bench, "build", lambda self, engines: built.extend(e.label for e in engines))
+    monkeypatch.setattr(peers_cpu.Bench, "measure_http", lambda self, shape: {"failed": {}, "ratios": {}, "of": shape})
+    file = tmp_path / "result.json"
+    arguments = ["--http-only", "--shapes", "llama-3.2-1b", "--json", str(file), "--plot", str(tmp_path / "plot.png")]
+    assert peers_cpu.main(arguments) == 0
+    assert built == ["llama.cpp Q8_0"]
+    result = json.loads(file.read_text())
+    assert result["shapes"] == {} and result["http"]["llama-3.2-1b"]["of"] == "llama-3.2-1b"
+
+
 def test_a_run_is_added_to_an_earlier_one() -> None:
     def result(shapes: dict[str, Any], **others: Any) -> dict[str, Any]:
-        return {"rounds": 3, "not_built": {}, "read_bandwidth": [2e10], "shapes": shapes, "http": {}, **others}
+        return {"rounds": 3, "not_built": {}, "shapes": shapes, "http": {}, **others}
 
     def part(name: str, *values: float) -> dict[str, Any]:
         return {"rates": {name: {"two": list(values)}}}
@@ -487,14 +508,11 @@ def test_a_run_is_added_to_an_earlier_one() -> None:
     old, new, stopped = part("old", 1.0), part("new", 2.0), part("stopped")
     built = {"vllm": "no wheel", "openvino": "no time"}
     earlier = result({"small": {"int8": old, "int4": old}}, http={"small": "kept"}, not_built=built)
-    later = result(
-        {"small": {"fp32": new, "int8": new, "int4": stopped}, "large": {"bf16": new}}, read_bandwidth=[1e10]
-    )
+    later = result({"small": {"fp32": new, "int8": new, "int4": stopped}, "large": {"bf16": new}})
     found = table.added(earlier, later, ["openvino"])
     assert found["shapes"] == {"small": {"fp32": new, "int8": new, "int4": old}, "large": {"bf16": new}}
     assert list(found["shapes"]["small"]) == ["fp32", "int8", "int4"]
     assert found["http"] == {"small": "kept"} and found["not_built"] == {"vllm": "no wheel"}
-    assert found["read_bandwidth"] == [2e10, 1e10]
 
 
 @pytest.mark.parametrize(
@@ -504,7 +522,7 @@ def test_a_run_is_added_to_an_earlier_one() -> None:
         ("{}", "run once without"),
         ("[]", "run once without"),
         (
-            '{"threads": 7, "loads": ["two"], "shapes": {}, "http": {}, "not_built": {}, "read_bandwidth": []}',
+            '{"threads": 7, "loads": ["two"], "shapes": {}, "http": {}, "not_built": {}}',
             "of 7 threads and the loads two",
         ),
     ],
