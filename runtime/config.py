@@ -75,8 +75,11 @@ class KVConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = 0
     dtype: Annotated[
-        Literal["auto", "bfloat16", "fp8", "int8"],
-        Meta(description="of keys and values: auto (the model's), bfloat16 (CPU), fp8 or int8; 8 bits have scales"),
+        Literal["auto", "float32", "bfloat16", "fp8", "int8"],
+        Meta(
+            description="of keys and values: auto (16 bits; float32 where the weights are), float32 or bfloat16 (CPU), "
+            "fp8 or int8 (with scales)"
+        ),
     ] = "auto"
     prefix_cache: Annotated[bool, Meta(description="reuse the blocks of prompts with the same beginning")] = True
     swap_memory_mb: Annotated[

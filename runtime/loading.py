@@ -23,7 +23,13 @@ from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import preset
 
-_KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_KV_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -72,11 +78,9 @@ def load(
 
     `build` takes down what is packed; without one, that of `config.model.build` has it ready.
     """
-    if config.kv.dtype == "bfloat16" and gpu is not None:
-        message = (
-            "kv.dtype is bfloat16, but on a GPU it must be auto, which is the type that it computes in, fp8 or int8"
-        )
-        raise ConfigError(message, param="kv.dtype")
+    if config.kv.dtype in ("float32", "bfloat16") and gpu is not None:
+        message = "but on a GPU it must be auto, which is the type that it computes in, fp8 or int8"
+        raise ConfigError(f"kv.dtype is {config.kv.dtype}, {message}", param="kv.dtype")
     if config.device.compile_kernels and gpu is None:
         # Before weights are packed: it decides how. Some seconds, the first time on a machine.
         if progress is not None:

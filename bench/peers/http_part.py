@@ -138,7 +138,7 @@ class Server:
 def millrace_server(model: Path, threads: int, log: Path, limit: float) -> Server:
     def command(port: int) -> list[str]:
         return [sys.executable, "-m", "millrace.runtime.cli", "serve", str(model), "--served-model-name", "default",
-                "--quantize", "int8", "--kv-dtype", "bfloat16", "--max-model-len", "2048", "--threads", str(threads),
+                "--quantize", "int8", "--max-model-len", "2048", "--threads", str(threads),
                 "--port", str(port)]  # fmt: skip
 
     return Server(command, "/readyz", {}, log, limit)

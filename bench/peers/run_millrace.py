@@ -22,8 +22,6 @@ def load(path: str, threads: int, dtype: str, quantize: str, default: bool) -> t
         model__quantize=quantize,
         model__quantize_group_size=128,  # as the int4 of OpenVINO
         model__max_model_len=2048,
-        # Peers hold keys and values in 16 or 8 bits unless told otherwise; in float32 all of us compute exactly.
-        kv__dtype="auto" if dtype == "float32" else "bfloat16",
         device__threads=threads,
         **offline,
     )

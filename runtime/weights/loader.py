@@ -2,7 +2,7 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def load_model(
     dtype: str = "auto",
     placement: Placement | None = None,
     quantize: Quantization | None = None,
-    kv: torch.dtype | None = None,
+    kv: torch.dtype | None = torch.float32,
     max_model_len: int | None = None,
     progress: Progress | None = None,
     gguf: GgufCheckpoint | None = None,
@@ -57,7 +57,8 @@ def load_model(
             ones would be.
         placement: a GPU and its backends; None is the CPU.
         quantize: how matrices are rounded as they are read, on the CPU; None keeps them as they are.
-        kv: type of keys and values in the cache, on the CPU, as in `Placement`; with a placement its own counts.
+        kv: type of keys and values in the cache, on the CPU, as in `Placement`; with a placement its own counts. None
+            is what goes with the weights: bfloat16, but float32 where every one of them is.
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
         gguf: the GGUF file at `path`, where it is open already.
@@ -72,16 +73,17 @@ def load_model(
     config = read_config(path) if gguf is None else gguf.config()
     decl = declare(config)
     quantization = read_format(config, path)
-    place = placement or Placement(quantize=quantize, kv=kv)
     method = quantization.name if quantization is not None else "GGUF" if gguf and gguf.is_quantized else None
-    if method is not None and place.quantize is not None:
+    rounded = quantize if placement is None else placement.quantize
+    if method is not None and rounded is not None:
         raise ConfigError(
-            f"model.quantize is {place.quantize.method}, but the checkpoint is quantised already "
+            f"model.quantize is {rounded.method}, but the checkpoint is quantised already "
             f"({method}): leave the option out, or load the checkpoint it was made from",
             param="quantize",
         )
     length = _model_len(decl, max_model_len)
     checkpoint: CheckpointFiles = gguf or Checkpoint(path)
+    place = placement or Placement(quantize=quantize, kv=kv or _kv_dtype(dtype, quantize, _stored_types(checkpoint)))
     matched = match(decl, checkpoint, quantization, path)
     storage = _storage(dtype, placement)
     source = _CheckpointWeights(checkpoint, matched, storage, place, build)
@@ -98,7 +100,7 @@ def random_model(
     dtype: str = "auto",
     placement: Placement | None = None,
     quantize: Quantization | None = None,
-    kv: torch.dtype | None = None,
+    kv: torch.dtype | None = torch.float32,
     max_model_len: int | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -113,7 +115,7 @@ def random_model(
             "them with quantize",
             param="quantization_config",
         )
-    place = placement or Placement(quantize=quantize, kv=kv)
+    place = placement or Placement(quantize=quantize, kv=kv or _kv_dtype(dtype, quantize, {"F32"}))
     decl = declare(config)
     decl = msgspec.structs.replace(decl, spec=_described(decl.spec, f"random{_rounding(place)}"))
     automatic = dtype == "auto" and placement is None
@@ -133,9 +135,21 @@ def gpu_dtype(path: Path | None, dtype: str, gguf: GgufCheckpoint | None = None)
         raise ConfigError(f"model.dtype is {dtype}, but on a GPU it must be auto, bfloat16 or float16", param="dtype")
     stored: set[str] = set()
     if path is not None:
-        files: CheckpointFiles = gguf or (GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path))
-        stored = {tensor.dtype for tensor in files.tensors.values()}
+        stored = _stored_types(gguf or (GgufCheckpoint(path) if is_gguf(path) else Checkpoint(path)))
     return torch.float16 if "F16" in stored and "BF16" not in stored else torch.bfloat16
+
+
+def _stored_types(files: CheckpointFiles) -> set[str]:
+    return {tensor.dtype for tensor in files.tensors.values()}
+
+
+def _kv_dtype(dtype: str, quantize: Quantization | None, stored: Collection[str]) -> torch.dtype:
+    """Of keys and values on the CPU, where nobody has named one: who has 32 bits of weights keeps them throughout."""
+    if quantize is not None:
+        return torch.bfloat16
+    if dtype == "auto":
+        return torch.float32 if set(stored) == {"F32"} else torch.bfloat16
+    return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
 class _CheckpointWeights:

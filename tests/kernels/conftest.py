@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from millrace.kernels.arguments import Backend
 from millrace.kernels.cpu_backend import CpuBackend, load_library
@@ -13,6 +14,7 @@ from millrace.kernels.cpu_build import FLAGS, Toolchain, build_library, find_com
 from millrace.kernels.torch_backend import TorchBackend
 
 TARGETS = {"native": "native", "avx2": "haswell", "sse2": "x86-64"}
+NARROW = [pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "sse2")]  # ten seconds of compiler each
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +27,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernel-cache")
+def cache_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries by their sources and flags: kept in pytest's cache from run to run, where there is one."""
+    cache = getattr(request.config, "cache", None)
+    return Path(cache.mkdir("millrace-cpu")) if cache is not None else tmp_path_factory.mktemp("kernel-cache")
 
 
 def cpu_backend(cache_dir: Path, target: str) -> CpuBackend:
@@ -37,15 +41,16 @@ def cpu_backend(cache_dir: Path, target: str) -> CpuBackend:
     if target == "avx2" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         pytest.skip("this CPU has no AVX2")
     flags = [flag.replace("native", TARGETS[target]) for flag in FLAGS]
-    return CpuBackend(load_library(build_library(Toolchain(cache_dir=cache_dir, flags=flags))))
+    with FileLock(cache_dir / f"{target}.lock"):  # another worker of this run may be building it
+        return CpuBackend(load_library(build_library(Toolchain(cache_dir=cache_dir, flags=flags))))
 
 
-@pytest.fixture(scope="session", params=["torch", *TARGETS])
+@pytest.fixture(scope="session", params=["torch", "native", *NARROW])
 def backend(request: pytest.FixtureRequest, cache_dir: Path) -> Backend:
     return TorchBackend() if request.param == "torch" else cpu_backend(cache_dir, request.param)
 
 
-@pytest.fixture(scope="session", params=list(TARGETS))
+@pytest.fixture(scope="session", params=["native", *NARROW])
 def compiled(request: pytest.FixtureRequest, cache_dir: Path) -> Backend:
     """The C++ backends alone, for what only they promise."""
     return cpu_backend(cache_dir, request.param)
