@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: dev
-	$(BIN)/python -m pytest -m "not slow and not e2e" --cases 8 -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not e2e" --cases 4 -n auto --dist worksteal $(ARGS)
 
 lint: dev typing
 	$(BIN)/ruff check .

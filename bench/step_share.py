@@ -2,10 +2,10 @@
 
     python bench/step_share.py [--shape S] [--quantize Q ...] [--batches N ...] [--rounds N] [--threads N] [--json FILE]
 
-One runtime over random weights. In every round it decodes greedily through `Runtime.submit`, which gives the time of a
-step; then one forward pass of that run is repeated alone, by a thread of its own: what the arithmetic takes when nothing
-else happens. The share is 1 - forward / step, the median of the rounds. `idle` is the part of it in which no forward
-pass ran; the rest is what other work on the same cores costs the forward pass.
+A runtime over random weights decodes greedily through `Runtime.submit`. Behind every second forward pass of a decode
+step the same pass is done again, with nothing else to do for anybody: that is what the arithmetic takes. A step is from
+the end of one pass to the end of the next. The share is 1 - pass / step, by the medians of a round; `idle` is the part
+of the step in which no pass ran, and the rest is what other work on the same cores costs the pass.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import uvloop
 from rich.console import Console
 from rich.table import Table
@@ -33,41 +32,47 @@ PROMPT, NEW_TOKENS, SETTLED = 128, 64, 8
 
 
 class Recorder:
-    """The forward passes of decode steps: when each began and ended, and one to repeat."""
+    """Stands in for `DecoderModel.forward`: times the passes of decode steps, and repeats every second one."""
 
     def __init__(self) -> None:
-        self.times: list[tuple[float, float]] = []
-        self.pass_: tuple[DecoderModel, ForwardBatch, Any] | None = None
+        self.steps: list[float] = []  # seconds, from the end of the pass before
+        self.passes: list[float] = []  # seconds, within the step of the same index
+        self.alone: list[float] = []  # seconds, of repeated ones
+        self._ended = 0.0
         self._forward = DecoderModel.forward
+
+    def __enter__(self) -> "Recorder":
         recorder = self
+        # A function, so that it is bound to the model like the method whose place it takes.
+        DecoderModel.forward = lambda model, batch, kv: recorder.forward(model, batch, kv)  # type: ignore[method-assign]
+        return self
 
-        def forward(model: DecoderModel, batch: ForwardBatch, kv: Any) -> Tensor:
-            start = time.perf_counter()
-            logits = recorder._forward(model, batch, kv)
-            if batch.is_decode:
-                recorder.times.append((start, time.perf_counter()))
-                if len(recorder.times) == NEW_TOKENS // 2:
-                    recorder.pass_ = (model, _kept(batch), kv)
-            return logits
+    def __exit__(self, *_: object) -> None:
+        DecoderModel.forward = self._forward  # type: ignore[method-assign]
 
-        DecoderModel.forward = forward  # type: ignore[method-assign]
+    def forward(self, model: DecoderModel, batch: ForwardBatch, kv: Any) -> Tensor:
+        start = time.perf_counter()
+        logits = self._forward(model, batch, kv)
+        end = time.perf_counter()
+        if batch.is_decode:
+            self.steps.append(end - self._ended)
+            self.passes.append(end - start)
+            if len(self.steps) % 2:
+                self._forward(model, batch, kv)  # the same keys and values over the ones that are there
+                self.alone.append(time.perf_counter() - end)
+        self._ended = time.perf_counter()
+        return logits
 
-    def repeat(self, times: int) -> list[float]:
-        """Seconds of each repetition. It writes the same keys and values over the ones that are there."""
-        assert self.pass_ is not None
-        model, batch, kv = self.pass_
-        seconds = []
-        for _ in range(times):
-            start = time.perf_counter()
-            self._forward(model, batch, kv)
-            seconds.append(time.perf_counter() - start)
-        return seconds
-
-
-def _kept(batch: ForwardBatch) -> ForwardBatch:
-    """A batch that later steps do not write into."""
-    copied = {name: value.clone() for name, value in msgspec.structs.asdict(batch).items() if isinstance(value, Tensor)}
-    return msgspec.structs.replace(batch, **copied)
+    def take(self) -> dict[str, float]:
+        """Of the steps since it was last asked, the first few left out: sequences may join one after the other."""
+        steps, passes, alone = self.steps[SETTLED:], self.passes[SETTLED:], self.alone[SETTLED // 2 :]
+        self.steps, self.passes, self.alone = [], [], []
+        step = statistics.median(steps)
+        return {
+            "step_ms": 1e3 * step,
+            "share": 1 - statistics.median(alone) / step,
+            "idle": 1 - statistics.median(passes) / step,
+        }
 
 
 async def decode(runtime: Runtime, batch: int, salt: str) -> None:
@@ -85,32 +90,25 @@ async def decode(runtime: Runtime, batch: int, salt: str) -> None:
 
 
 async def measure(shape: str, quantize: str, batches: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
-    recorder, samples = Recorder(), {batch: [] for batch in batches}  # type: ignore[var-annotated]
-    options: dict[str, Any] = {"model__random_weights": shape, "model__quantize": quantize}
-    # Whole prompts in one step: sequences decode together soon.
-    offline = {"scheduler__inter_token_target_ms": 0, "scheduler__max_prefill_tokens": 2048}
-    async with Runtime(
-        **options, **offline, model__max_model_len=2048, device__threads=threads, log__level="error"
-    ) as runtime:
-        for number in range(-1, rounds):  # the first meets cold code, and does not count
-            for batch in batches:
-                recorder.times.clear()
-                await decode(runtime, batch, f"{number} {batch}")
-                times = recorder.times[SETTLED - NEW_TOKENS :]
-                alone = await asyncio.to_thread(recorder.repeat, NEW_TOKENS // 2)
-                if number < 0:
-                    continue
-                steps = [after[1] - before[1] for before, after in zip(times, times[1:], strict=False)]
-                inside = [end - start for start, end in times[1:]]
-                step = statistics.median(steps)
-                samples[batch].append(
-                    {
-                        "step_ms": 1e3 * step,
-                        "share": 1 - statistics.median(alone) / step,
-                        "idle": statistics.median(1 - part / whole for part, whole in zip(inside, steps, strict=True)),
-                    }
-                )
-    DecoderModel.forward = recorder._forward  # type: ignore[method-assign]
+    samples: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}
+    options: dict[str, Any] = {
+        "model__random_weights": shape,
+        "model__quantize": quantize,
+        "model__max_model_len": 2048,
+        "device__threads": threads,
+        "log__level": "error",
+        # Whole prompts in one step: sequences decode together soon.
+        "scheduler__inter_token_target_ms": 0,
+        "scheduler__max_prefill_tokens": 2048,
+    }
+    with Recorder() as recorder:
+        async with Runtime(**options) as runtime:
+            for number in range(-1, rounds):  # the first meets cold code, and does not count
+                for batch in batches:
+                    await decode(runtime, batch, f"{number} {batch}")
+                    found = recorder.take()
+                    if number >= 0:
+                        samples[batch].append(found)
     return [{"quantize": quantize, "batch": batch, "rounds": found} for batch, found in samples.items()]
 
 

@@ -76,6 +76,7 @@ def test_the_whole_way_with_faked_parts(
     assert gpu_check.main(["--only", "ceilings", "--json", str(file)]) == 0
 
 
+@pytest.mark.slow
 @without_gpu
 def test_a_child_that_breaks_is_a_failed_part() -> None:
     outcome, rows, notes = gpu_check.run_child(BY_NAME["ceilings"], 60.0, None)

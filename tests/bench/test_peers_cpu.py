@@ -257,6 +257,7 @@ def results(own: float, other: float) -> Samples:
     )
 
 
+@pytest.mark.slow
 def test_tables_json_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     parts = {"fp32": results(1.0, 2.0), "int8": results(1.0, 4.0)}

@@ -36,6 +36,7 @@ def counting_compiler(folder: Path) -> tuple[Path, Path]:
     return script, log
 
 
+@pytest.mark.slow
 def test_the_second_build_and_every_load_run_no_compiler(tmp_path: Path) -> None:
     compiler, log = counting_compiler(tmp_path)
     toolchain = Toolchain(compiler=compiler, cache_dir=tmp_path / "cache", flags=FAST)

@@ -246,6 +246,7 @@ def torch_only(kv: torch.dtype) -> Placement:
     return Placement(activation=torch.bfloat16, scales=torch.bfloat16, kv=kv, backends=(TorchBackend(),))
 
 
+@pytest.mark.slow
 async def test_the_engine_gives_the_tokens_of_the_cpu(shim: ShimLauncher, tmp_path: Path) -> None:
     """Prefill, graphs and sampling together, in every combination. Where 16 bits leave two tokens as good as equal,
     each engine goes its own way: then float32 must find them as close as the tolerance of the logits."""

@@ -91,6 +91,7 @@ async def test_tokens_are_right_under_every_order(shim: ShimLauncher, policy: st
     assert out == back > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 async def test_few_slots_and_random_orders(shim: ShimLauncher, seed: int) -> None:
     right, out, back = await traffic(FakeDriver("random", seed), shim, slots=4)

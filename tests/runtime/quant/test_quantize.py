@@ -148,6 +148,7 @@ def test_transformers_loads_compressed_tensors(
     assert (got - want).norm() / want.norm() < near
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(METHODS))
 def test_what_is_written_loads_here(method: str, checkpoint: Path, tmp_path: Path, text: Path) -> None:
     """Packed, and with the weights that were reported on: torch multiplies them without rounding activations."""

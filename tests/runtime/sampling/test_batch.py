@@ -51,6 +51,7 @@ def cases(draw):
     return vocab, params, draw(tokens), draw(tokens), draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 127))
 
 
+@pytest.mark.slow
 @given(cases(), st.integers(0, 2**31), st.sampled_from([0.0, 0.5, 2.0, 6.0]))
 @settings(max_examples=250, deadline=None)
 def test_random_parameters_against_the_reference(reference, case, logits_seed, spread):
