@@ -13,16 +13,25 @@ from millrace.kernels.memory import empty_weight
 _BYTES = 256_000_000  # well above the caches
 
 
-def read_bandwidth(threads: int, repeats: int = 15) -> float:
-    """Bytes per second with `threads` threads: the median of reading 256 MB by Millrace's own probe."""
-    library = load_library(build_library(Toolchain()))
-    data = empty_weight([_BYTES // 4], torch.float32).fill_(1.0)  # on the kind of pages that weights lie on
-    times = []
-    for _ in range(repeats + 1):
+class ReadProbe:
+    """Reads so many bytes from the kind of pages that weights lie on, with `threads` threads, by Millrace's probe."""
+
+    def __init__(self, num_bytes: int, threads: int) -> None:
+        self._library = load_library(build_library(Toolchain()))
+        self._data = empty_weight([num_bytes // 4], torch.float32).fill_(1.0)
+        self._threads = threads
+
+    def seconds(self) -> float:
         start = time.perf_counter()
-        library.mr_probe_read(data.data_ptr(), data.numel(), threads)
-        times.append(time.perf_counter() - start)
-    return data.nbytes / statistics.median(times[1:])
+        self._library.mr_probe_read(self._data.data_ptr(), self._data.numel(), self._threads)
+        return time.perf_counter() - start
+
+
+def read_bandwidth(threads: int, repeats: int = 15) -> float:
+    """Bytes per second: the median of reading 256 MB."""
+    probe = ReadProbe(_BYTES, threads)
+    probe.seconds()
+    return _BYTES / statistics.median(probe.seconds() for _ in range(repeats))
 
 
 def available_memory() -> int:
