@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 SOURCE_DIR = Path(__file__).parent / "cpu"
 # Finite-math flags stay off: a NaN must come out as a NaN, so that the request at fault can be named.
 FLAGS = (
@@ -68,6 +66,8 @@ class Toolchain:
     flags: Sequence[str] = FLAGS
 
     def folder(self) -> Path:
+        import torch  # not above: the command line reads names here before it knows whether torch will be wanted
+
         digest = hashlib.sha256()
         for part in ("\0".join(self.flags), platform.machine(), cpu_features(), torch.__version__):
             digest.update(part.encode() + b"\0")
@@ -118,6 +118,8 @@ def build_library(toolchain: Toolchain) -> Path:
 
 
 def _compile(toolchain: Toolchain, scratch: Path) -> Path:
+    import torch
+
     sources = sorted(SOURCE_DIR.glob("*.cpp"))
     objects = [scratch / f"{source.stem}.o" for source in sources]
     compiler = str(toolchain.compiler)

@@ -1,29 +1,20 @@
 """The `millrace` command: serve, chat, generate, inspect, eval; every option of config.toml is a flag of each. And what
-can be done beforehand: prepare (CPU kernels), kernels build (CUDA kernels), quantize (a checkpoint)."""
+can be done beforehand: prepare (CPU kernels), kernels build (CUDA kernels), build and quantize (a checkpoint)."""
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvloop
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from millrace.kernels import ops
-from millrace.kernels.cpu_build import BuildError
-from millrace.kernels.cuda_catalog import all_kernels
-from millrace.kernels.cuda_compile import ARCHS, Built, CudaCompiler, build_all
-from millrace.runtime.app import Runtime
-from millrace.runtime.cli_build import add_build
-from millrace.runtime.cli_quant import add_eval, add_quantize
+from millrace.kernels.cuda_compile import ARCHS
 from millrace.runtime.config import Config, load_config, options
 from millrace.runtime.errors import MillraceError
-from millrace.runtime.types import ChatMessage, SamplingParams
 
 # Flags that people know from other servers, beside --section-name.
 _SHORT = {
@@ -37,6 +28,25 @@ _SHORT = {
     "model.random_weights": "--random-weights",
     "device.threads": "--threads",
     "log.level": "--log-level",
+}
+
+_BUILD = """pack a model's matrices for this processor, so that starts are quicker
+
+Later: millrace serve MODEL --build OUT, with the same --dtype and --quantize. The folder may be deleted at any time;
+where it does not fit any more (another processor, other kernels or options, a changed model), the log says so, and
+the model is packed at the start as without it."""
+
+_QUANTIZE = """write a quantised copy of a checkpoint: AWQ, GPTQ, int8, int4 or FP8
+
+Layer by layer, in the memory of one layer and the activations. What is finished lies in OUT.partial; the same command
+goes on there after it was stopped. It ends with the perplexity of held-out text before and after."""
+
+_METHODS = {
+    "awq": "4 bits, scaled by activations (AutoAWQ gemm)",
+    "gptq": "2, 3, 4 or 8 bits, errors made up for (GPTQ v1)",
+    "int8": "weights and activations (compressed-tensors)",
+    "int4": "4 bits, round to nearest (compressed-tensors)",
+    "fp8": "weights and activations (compressed-tensors)",
 }
 
 _err = Console(stderr=True, highlight=False)
@@ -69,40 +79,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="millrace", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run, text in (
-        (_serve, "serve a model over HTTP, SSE and WebSocket"),
-        (_chat, "talk to a model in the terminal"),
-        (_generate, "continue a text"),
-        (_inspect, "print architecture, sizes and the memory plan"),
+    for name, text in (
+        ("serve", "serve a model over HTTP, SSE and WebSocket"),
+        ("chat", "talk to a model in the terminal"),
+        ("generate", "continue a text"),
+        ("inspect", "print architecture, sizes and the memory plan"),
     ):
         command = commands.add_parser(
-            run.__name__.lstrip("_"),
-            help=text,
-            description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        command.set_defaults(command=run)
+        command.set_defaults(command=_later("cli_run", name))
         command.add_argument(
             "model",
             nargs="?",
             metavar="MODEL",
             help="checkpoint folder, GGUF file or hub id; the embedded grist if left out",
         )
-        command.add_argument("--config", type=Path, metavar="FILE", help="read options from a TOML file")
         _add_options(command)
-        if run in (_chat, _generate):
+        if name in ("chat", "generate"):
             command.add_argument("--max-tokens", type=int, default=256, help="longest answer in tokens")
             command.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
             command.add_argument("--seed", type=int, help="the same seed draws the same tokens")
-        if run is _generate:
+        if name == "generate":
             command.add_argument("--prompt", help="text to continue; standard input if left out")
     text = "build the CPU kernels now instead of at the first start"
-    commands.add_parser("prepare", help=text, description=text).set_defaults(command=None, beforehand=_prepare)
+    prepare = commands.add_parser("prepare", help=text, description=text)
+    prepare.set_defaults(command=None, beforehand=_later("cli_kernels", "prepare"))
     _add_kernels(commands)
-    add_build(commands, _add_options)
-    add_quantize(commands)
-    add_eval(commands, _add_options)
+    _add_build(commands)
+    _add_quantize(commands)
+    _add_eval(commands)
     return parser
+
+
+def _later(module: str, function: str) -> Callable[..., Any]:
+    """What a command does is imported when it runs: `--help`, and the word about a wrong option, need no torch."""
+    return lambda *args: getattr(import_module(f"millrace.runtime.{module}"), function)(*args)
 
 
 def _add_kernels(commands: Any) -> None:
@@ -111,7 +123,7 @@ def _add_kernels(commands: Any) -> None:
     build = kernels.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "build", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    build.set_defaults(command=None, beforehand=_build_kernels)
+    build.set_defaults(command=None, beforehand=_later("cli_kernels", "build"))
     build.add_argument(
         "--arch",
         nargs="+",
@@ -125,7 +137,83 @@ def _add_kernels(commands: Any) -> None:
     build.add_argument("--jobs", type=int, metavar="N", help="compile N at a time; one per processor if left out")
 
 
+def _add_build(commands: Any) -> None:
+    command = commands.add_parser(
+        "build",
+        help=_BUILD.splitlines()[0],
+        description=_BUILD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=_later("cli_build", "build"))
+    command.add_argument("model", metavar="MODEL", help="checkpoint folder, GGUF file, hub id or grist")
+    command.add_argument("output", metavar="OUT", type=Path, help="folder that does not exist yet")
+    _add_options(command)
+
+
+def _add_quantize(commands: Any) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help=_QUANTIZE.splitlines()[0],
+        description=_QUANTIZE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=None, beforehand=_later("cli_quant", "quantize_checkpoint"))
+    command.add_argument("model", metavar="MODEL", help="checkpoint folder, hub id or grist")
+    command.add_argument("output", metavar="OUT", type=Path, help="folder that does not exist yet")
+    methods = "; ".join(f"{name}: {text}" for name, text in _METHODS.items())
+    command.add_argument("--method", required=True, choices=tuple(_METHODS), help=methods)
+    command.add_argument("--bits", type=int, help="of a weight; 4 for awq, gptq and int4, else 8, if left out")
+    command.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="inputs that share a scale; if left out 128, or the largest power of two below it that divides all inputs",
+    )
+    command.add_argument(
+        "--sym",
+        action=argparse.BooleanOptionalAction,
+        help="gptq: zeros in the middle, as the fastest kernels want them (the default); --no-sym loses less",
+    )
+    command.add_argument(
+        "--desc-act",
+        action=argparse.BooleanOptionalAction,
+        help="gptq: the most active inputs first; slower to run in some programs",
+    )
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help='plain text, or JSONL with "text" or "messages". A file of what the model will be used for is better than '
+        "the built-in conversations, which fit no model but grist",
+    )
+    command.add_argument(
+        "--eval", type=Path, metavar="FILE", help="held-out text; if left out, the calibration text behind what is used"
+    )
+    command.add_argument("--samples", type=int, default=64, metavar="N", help="windows of calibration (64)")
+    command.add_argument("--window", type=int, default=512, metavar="N", help="tokens of each (512)")
+
+
+def _add_eval(commands: Any) -> None:
+    evals = commands.add_parser("eval", help="measure what a model knows of a text")
+    text = "perplexity of a text: exp of the mean negative log-likelihood of its tokens"
+    command = evals.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "perplexity", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(command=_later("cli_quant", "print_perplexity"))
+    command.add_argument("model", metavar="MODEL", help="checkpoint folder, hub id or grist")
+    command.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help='plain text, or JSONL with "text" or "messages"; of messages, the replies are scored',
+    )
+    command.add_argument("--window", type=int, metavar="N", help="tokens that the model sees at a time; up to 1024")
+    command.add_argument("--stride", type=int, metavar="N", help="tokens by which it moves on; half a window")
+    _add_options(command)
+
+
 def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", type=Path, metavar="FILE", help="read options from a TOML file")
     group = command.add_argument_group("options of config.toml")
     for option in options():
         if option.key == "model.path":
@@ -145,150 +233,6 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 def _comma_separated(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
-
-
-class _Bar:
-    """A progress bar that appears only if loading takes long enough to be looked at."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=_err, transient=True)
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._progress.start()
-            self._tasks[what] = self._progress.add_task(f"loading {what}", total=total)
-        self._progress.update(self._tasks[what], completed=done)
-        if done >= total:
-            self._progress.stop()
-
-
-def _prepare(args: argparse.Namespace) -> int:
-    _err.print(ops.prepare(), soft_wrap=True)
-    return 0
-
-
-def _build_kernels(args: argparse.Namespace) -> int:
-    """Fills the cache of compiled CUDA kernels, and prints where it is."""
-    compiler = CudaCompiler() if args.cache is None else CudaCompiler(cache_dir=args.cache)
-    fault = ""
-    archs = args.arch or _own_arch()
-    if not archs:
-        fault = f"there is no GPU here whose architecture could be taken; name one with --arch ({', '.join(ARCHS)})"
-    elif compiler.nvrtc is None:
-        fault = "NVRTC, which compiles the kernels, was not found: pip install 'nvidia-cuda-nvrtc==13.0.*'"
-    elif args.jobs is not None and args.jobs < 1:
-        fault = f"--jobs is {args.jobs}, but it must be at least 1"
-    if fault:
-        _err.print(f"[bold red]error:[/] {escape(fault)}", soft_wrap=True)
-        return 2
-    archs = list(dict.fromkeys(archs))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    compiled = 0
-    try:
-        with Progress(*columns, TimeElapsedColumn(), console=_err, transient=True) as progress:
-            task = progress.add_task("CUDA kernels", total=None)
-
-            def show(built: Built) -> None:
-                nonlocal compiled
-                compiled += not built.cached
-                progress.update(task, description=f"CUDA kernels {built.arch}", completed=built.done, total=built.total)
-
-            total = build_all(all_kernels(), archs, show, compiler=compiler, workers=args.jobs)
-    except BuildError as error:
-        _err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    _err.print(f"{total} CUDA modules for {', '.join(archs)} ({compiled} compiled now) in", soft_wrap=True)
-    print(compiler.cache_dir)
-    return 0
-
-
-def _own_arch() -> list[str]:
-    """The architecture of this machine's first GPU, if there is one."""
-    if not torch.cuda.is_available():
-        return []
-    major, minor = torch.cuda.get_device_capability()
-    return [f"sm_{major}{minor}"]
-
-
-async def _serve(args: argparse.Namespace, config: Config) -> int:
-    # The server is imported where it is served: the other commands, and programs that embed the runtime, need no HTTP.
-    from millrace.server.app import serve
-
-    runtime = Runtime(config=config, progress=_Bar())
-    async with runtime:
-        _describe(runtime)
-
-        def ready(url: str) -> None:
-            _err.print(f"\n  chat page  [bold]{url}/[/]\n  API        {url}/v1\n", highlight=False)
-
-        await serve(runtime, on_ready=ready)
-    return 0
-
-
-async def _inspect(args: argparse.Namespace, config: Config) -> int:
-    async with Runtime(config=config, progress=_Bar()) as runtime:
-        _describe(runtime)
-    return 0
-
-
-async def _generate(args: argparse.Namespace, config: Config) -> int:
-    text = args.prompt if args.prompt is not None else sys.stdin.read()
-    async with Runtime(config=config, progress=_Bar()) as runtime:
-        async for delta in runtime.submit(text, _sampling(args, runtime, text)):
-            print(delta.text, end="", flush=True)
-        print()
-    return 0
-
-
-async def _chat(args: argparse.Namespace, config: Config) -> int:
-    async with Runtime(config=config, progress=_Bar()) as runtime:
-        _err.print(f"[dim]{runtime.model_name}; an empty line or Ctrl-D ends the conversation[/]")
-        messages: list[ChatMessage] = []
-        while line := await asyncio.to_thread(_read_line):
-            messages.append(ChatMessage(role="user", content=line))
-            answer = ""
-            async for delta in runtime.submit(messages, _sampling(args, runtime, "")):
-                answer += delta.text
-                print(delta.text, end="", flush=True)
-            print("\n")
-            messages.append(ChatMessage(role="assistant", content=answer))
-    return 0
-
-
-def _sampling(args: argparse.Namespace, runtime: Runtime, text: str) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=min(args.max_tokens, runtime.max_model_len // 2), temperature=args.temperature, seed=args.seed
-    )
-
-
-def _read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
-
-
-def _describe(runtime: Runtime) -> None:
-    spec = runtime.spec
-    rows = [
-        ("model", runtime.model_name, spec.architecture),
-        ("parameters", f"{spec.num_parameters:,}", f"{spec.num_layers} layers, {spec.hidden_size} wide"),
-        (
-            "attention",
-            f"{spec.num_heads} heads",
-            f"{spec.num_kv_heads} of keys and values, {spec.head_dim} wide"
-            + (f", window {spec.sliding_window}" if spec.sliding_window else ""),
-        ),
-        ("vocabulary", f"{spec.vocab_size:,}", f"tokens; a text ends at {list(spec.eos_token_ids)}"),
-    ]
-    for name, value, text in rows:
-        _err.print(f"  {name:<10} {value:>12}  {text}", markup=False)
-    _err.print(f"  {'matrices':<10} {spec.weights}", markup=False, soft_wrap=True)
-    _err.print(runtime.memory_plan.table(), markup=False)
 
 
 if __name__ == "__main__":

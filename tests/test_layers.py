@@ -43,7 +43,9 @@ LAYERS = {
     "runtime": 4,  # the lazy face
     "runtime.cli": 5,
     "runtime.cli_build": 5,
+    "runtime.cli_kernels": 5,
     "runtime.cli_quant": 5,
+    "runtime.cli_run": 5,
     "runtime.__main__": 5,
     "server": 5,
 }
