@@ -2,6 +2,7 @@
 
     python bench/peers_cpu.py [--quick] [--peers PEER ...] [--shapes SHAPE ...] [--precisions P ...] [--minutes N]
     python bench/peers_cpu.py --build          # environments and converted models only, which takes an hour or more
+    python bench/peers_cpu.py --show           # what was measured, as tables for documents
 
 Each peer is built in an environment of its own from the registry that pip is configured with, and kept in the cache
 together with the checkpoints as each peer wants them; a second run finds them there. llama.cpp is compiled for this
@@ -159,11 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
     http.add_argument("--no-http", action="store_true", help="leave out the streams over HTTP")
     http.add_argument("--http-only", action="store_true", help="nothing but the streams over HTTP")
     parser.add_argument("--add", action="store_true", help="to what the JSON file holds; else it is written anew")
+    parser.add_argument("--show", action="store_true", help="print the JSON file's tables, measure nothing")
     parser.add_argument("--json", type=Path, default=RESULTS / "peers_cpu.json", metavar="FILE")
     parser.add_argument("--plot", type=Path, default=RESULTS / "peers_cpu.png", metavar="FILE")
     args = parser.parse_args(arguments)
-    if args.add:
+    if args.add or args.show:
         args.earlier = _earlier(parser, args.json, args.threads)
+    if args.show:
+        print(*table.markdown(args.earlier), sep="\n")
+        return 0
     if args.rounds < 1 or args.threads < 1 or args.minutes <= 0 or args.build_minutes <= 0:
         parser.error("--rounds and --threads must be at least 1, --minutes and --build-minutes positive")
     if args.quick:
@@ -198,7 +203,7 @@ def _earlier(parser: argparse.ArgumentParser, file: Path, threads: int) -> dict[
         for key in ("shapes", "http", "not_built"):
             earlier[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"--add needs a result of this bench to add to, and {file} is none ({error}): run once without")
+        parser.error(f"--add and --show need a result of this bench, and {file} is none ({error}): run once without")
     if loads != [load.name for load in LOADS] or of != threads:
         parser.error(f"{file} is of {of} threads and the loads {', '.join(loads)}: run without --add to begin anew")
     return earlier

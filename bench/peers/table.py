@@ -1,7 +1,7 @@
 """What a run says: ratios to each peer, the floor, how far first tokens agree, as tables, JSON and a plot."""
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,17 @@ def floor_table(shape: str, config: Mapping[str, Any], parts: Mapping[str, Sampl
         table.add_column(column, justify="left" if column in ("", "engine") else "right")
     for precision, samples in parts.items():
         for label in samples.answers:
-            found = [floor_shares(config, precision, samples, label, load) for load in decodes]
-            table.add_row(precision, label, *("-" if share is None else f"{share['median']:.0%}" for share in found))
+            shares = [floor_shares(config, precision, samples, label, load) for load in decodes]
+            table.add_row(precision, label, *map(_percent, shares))
     return table
 
 
 def _cell(found: Mapping[str, float] | None) -> str:
     return "-" if found is None else f"{found['median']:.2f} ({found['min']:.2f}-{found['max']:.2f})"
+
+
+def _percent(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else f"{found['median']:.0%}"
 
 
 def summary(config: Mapping[str, Any], parts: Mapping[str, Samples], loads: Sequence[Load]) -> Any:
@@ -154,6 +158,33 @@ def added(earlier: Mapping[str, Any], result: Mapping[str, Any], built: Collecti
         "shapes": shapes,
         "http": {**earlier["http"], **result["http"]},
     }
+
+
+def markdown(result: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of a run's JSON in Markdown, line by line: ratios and shares of the floor of each shape, and HTTP."""
+    loads = result["loads"]
+    decodes = loads[:-1]
+    for shape, parts in result["shapes"].items():
+        yield from _head(f"{shape}: Millrace's tokens/s over the peer's", "", "peer", *loads)
+        for precision, part in parts.items():
+            for peer, cells in part["ratios"].items():
+                yield _row(precision, peer, *(_cell(cells[load]) for load in loads))
+        yield from _head(f"{shape}: share of the floor", "", "engine", *decodes)
+        for precision, part in parts.items():
+            for engine, cells in part["floor_shares"].items():
+                yield _row(precision, engine, *(_percent(cells[load]) for load in decodes))
+    for shape, part in result["http"].items():
+        yield from _head(f"{shape}: {part['load']} over HTTP", "", "ratio")
+        for name, found in part["ratios"].items():
+            yield _row(name, _cell(found))
+
+
+def _head(title: str, *cells: str) -> Iterator[str]:
+    yield from ("", f"**{title}**", "", _row(*cells), "|" + "---|" * len(cells))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def plot(result: Mapping[str, Any], file: Path) -> None:

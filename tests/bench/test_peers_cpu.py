@@ -499,6 +499,27 @@ def test_streams_over_http_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert result["shapes"] == {} and result["http"]["llama-3.2-1b"]["of"] == "llama-3.2-1b"
 
 
+def test_results_are_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, parts = preset("qwen2.5-0.5b"), {"int8": results(1.0, 4.0)}
+    ratios = {"tokens over llama-server's": {"min": 2.0, "median": 3.0, "max": 4.0}, "none": None}
+    result = {
+        "threads": peers_cpu.available_cores(),
+        "loads": [load.name for load in LOADS],
+        "shapes": {"small": table.summary(config, parts, LOADS)},
+        "http": {"small": {"load": "16 streams", "ratios": ratios}},
+        "not_built": {},
+    }
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(result))
+    assert peers_cpu.main(["--show", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "|  | peer | batch 1 | batch 8 | batch 16 | prefill 512 |" in lines
+    assert "| int8 | llama.cpp F32 |" + " 4.00 (4.00-4.00) |" * 3 + " 1.00 (1.00-1.00) |" in lines
+    assert "| tokens over llama-server's | 3.00 (2.00-4.00) |" in lines and "| none | - |" in lines
+    share = table.floor_shares(config, "int8", parts["int8"], MILLRACE, LOADS[0])
+    assert share is not None and any(line.startswith(f"| int8 | Millrace | {share['median']:.0%} |") for line in lines)
+
+
 def test_a_run_is_added_to_an_earlier_one() -> None:
     def result(shapes: dict[str, Any], **others: Any) -> dict[str, Any]:
         return {"rounds": 3, "not_built": {}, "shapes": shapes, "http": {}, **others}
