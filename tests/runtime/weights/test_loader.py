@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from millrace.runtime.errors import CheckpointError, ConfigError
 from millrace.runtime.models.base import Model
 from millrace.runtime.models.declaration import Placement
+from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.weights.checkpoint import Checkpoint
 from millrace.runtime.weights.loader import gpu_dtype, load_model
 
@@ -243,3 +245,22 @@ def test_release_unmaps_the_files(llama: Path) -> None:
     assert mapped()
     checkpoint.release()
     assert not mapped()
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "method", "expected"),
+    [
+        (torch.float32, "auto", None, torch.float32),
+        (torch.float32, "bfloat16", None, torch.bfloat16),
+        (torch.float32, "auto", "int8", torch.bfloat16),
+        (torch.bfloat16, "auto", None, torch.bfloat16),
+        (torch.bfloat16, "float32", None, torch.float32),
+    ],
+)
+def test_keys_and_values_go_with_the_weights(
+    stored: torch.dtype, dtype: str, method: Any, expected: torch.dtype, tmp_path: Path
+) -> None:
+    folder = make_checkpoint("llama", tmp_path, dtype=stored)
+    rounded = None if method is None else Quantization(method=method)
+    assert load_model(folder, dtype=dtype, quantize=rounded, kv=None).kv_dtype == expected
+    assert load_model(folder, dtype=dtype, quantize=rounded).kv_dtype == torch.float32
