@@ -1,6 +1,7 @@
 """The official client, sync and async, streamed and not, against the server."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -14,8 +15,9 @@ USER: Any = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-async def client(served: Served) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
+        yield made  # one that is not closed would begin a task on the loop of a later test
 
 
 async def test_chat(served: Served, client: openai.AsyncOpenAI) -> None:
