@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="*", metavar="PEER", help=f"default: all of {', '.join(PEERS)}")
     parser.add_argument("--shapes", nargs="+", choices=checkpoints.SHAPES, help="default: both")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=180, help="for measuring; what does not fit is left out")
     parser.add_argument("--build-minutes", type=float, default=120, help="for building and converting")
@@ -165,10 +165,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, default=RESULTS / "peers_cpu.png", metavar="FILE")
     args = parser.parse_args(arguments)
     if args.add or args.show:
-        args.earlier = _earlier(parser, args.json, args.threads)
+        args.earlier = _earlier(parser, args.json)
     if args.show:
         print(*table.markdown(args.earlier), sep="\n")
         return 0
+    if args.add and args.earlier["threads"] != args.threads:
+        parser.error(
+            f"{args.json} is of {args.earlier['threads']} threads, not {args.threads}: give --threads, or begin "
+            "anew without --add"
+        )
+    if args.http_only and (args.peers is not None or args.precisions is not None):
+        parser.error("--http-only measures llama-server and Millrace in int8: leave out --peers and --precisions")
+    if args.precisions is None:
+        args.precisions = list(PRECISIONS)
     if args.rounds < 1 or args.threads < 1 or args.minutes <= 0 or args.build_minutes <= 0:
         parser.error("--rounds and --threads must be at least 1, --minutes and --build-minutes positive")
     if args.quick:
@@ -195,17 +204,20 @@ def main(arguments: list[str] | None = None) -> int:
     return run(bench, engines)
 
 
-def _earlier(parser: argparse.ArgumentParser, file: Path, threads: int) -> dict[str, Any]:
+def _earlier(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
     """The result to add to; read before hours are spent, so that what is wrong with it is said now."""
     try:
         earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        loads, of = earlier["loads"], earlier["threads"]
-        for key in ("shapes", "http", "not_built"):
+        loads = earlier["loads"]
+        for key in ("shapes", "http", "not_built", "threads"):
             earlier[key]
+        for parts in earlier["shapes"].values():
+            for part in parts.values():
+                part["floor_shares"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"--add and --show need a result of this bench, and {file} is none ({error}): run once without")
-    if loads != [load.name for load in LOADS] or of != threads:
-        parser.error(f"{file} is of {of} threads and the loads {', '.join(loads)}: run without --add to begin anew")
+    if loads != [load.name for load in LOADS]:
+        parser.error(f"{file} is of the loads {', '.join(loads)}: begin anew without --add")
     return earlier
 
 

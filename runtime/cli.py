@@ -137,13 +137,17 @@ def _add_kernels(commands: Any) -> None:
     build.add_argument("--jobs", type=int, metavar="N", help="compile N at a time; one per processor if left out")
 
 
-def _add_build(commands: Any) -> None:
-    command = commands.add_parser(
-        "build",
-        help=_BUILD.splitlines()[0],
-        description=_BUILD,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _add_described(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A command whose help is the first line of its description."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text.splitlines()[0], description=text, formatter_class=raw
     )
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    command = _add_described(commands, "build", _BUILD)
     command.set_defaults(command=_later("cli_build", "build"))
     command.add_argument("model", metavar="MODEL", help="checkpoint folder, GGUF file, hub id or grist")
     command.add_argument("output", metavar="OUT", type=Path, help="folder that does not exist yet")
@@ -151,12 +155,7 @@ def _add_build(commands: Any) -> None:
 
 
 def _add_quantize(commands: Any) -> None:
-    command = commands.add_parser(
-        "quantize",
-        help=_QUANTIZE.splitlines()[0],
-        description=_QUANTIZE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = _add_described(commands, "quantize", _QUANTIZE)
     command.set_defaults(command=None, beforehand=_later("cli_quant", "quantize_checkpoint"))
     command.add_argument("model", metavar="MODEL", help="checkpoint folder, hub id or grist")
     command.add_argument("output", metavar="OUT", type=Path, help="folder that does not exist yet")

@@ -1,4 +1,4 @@
-"""`--cases N`: of a test with more than N cases, N of them; the fast run of the README uses it."""
+"""`--cases N`: of a test with more than N cases, N of them; `make test-fast` uses it."""
 
 import hashlib
 import os

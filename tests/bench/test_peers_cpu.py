@@ -497,13 +497,15 @@ def test_streams_over_http_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert built == ["llama.cpp Q8_0"]
     result = json.loads(file.read_text())
     assert result["shapes"] == {} and result["http"]["llama-3.2-1b"]["of"] == "llama-3.2-1b"
+    with pytest.raises(SystemExit):
+        peers_cpu.main(["--http-only", "--precisions", "int8"])
 
 
 def test_results_are_shown_as_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, parts = preset("qwen2.5-0.5b"), {"int8": results(1.0, 4.0)}
     ratios = {"tokens over llama-server's": {"min": 2.0, "median": 3.0, "max": 4.0}, "none": None}
     result = {
-        "threads": peers_cpu.available_cores(),
+        "threads": peers_cpu.available_cores() + 1,  # of another machine
         "loads": [load.name for load in LOADS],
         "shapes": {"small": table.summary(config, parts, LOADS)},
         "http": {"small": {"load": "16 streams", "ratios": ratios}},
@@ -543,9 +545,11 @@ def test_a_run_is_added_to_an_earlier_one() -> None:
         (None, "run once without"),
         ("{}", "run once without"),
         ("[]", "run once without"),
+        ('{"threads": 7, "loads": ["two"], "shapes": {}, "http": {}, "not_built": {}}', "of the loads two"),
         (
-            '{"threads": 7, "loads": ["two"], "shapes": {}, "http": {}, "not_built": {}}',
-            "of 7 threads and the loads two",
+            '{"threads": 7, "loads": ["batch 1", "batch 8", "batch 16", "prefill 512"], "shapes": {}, "http": {}, '
+            '"not_built": {}}',
+            "of 7 threads, not 3",
         ),
     ],
 )
@@ -556,7 +560,7 @@ def test_there_must_be_a_run_to_add_to(
     if text is not None:
         file.write_text(text)
     with pytest.raises(SystemExit):
-        peers_cpu.main(["--add", "--json", str(file)])
+        peers_cpu.main(["--add", "--threads", "3", "--json", str(file)])
     assert complaint in capsys.readouterr().err
 
 
