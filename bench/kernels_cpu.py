@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from millrace.kernels import ops
 from millrace.kernels.arguments import Backend
-from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.cpu_backend import CpuBackend
 from millrace.kernels.cpu_build import Toolchain, build_library
+from millrace.kernels.cpu_library import load_library
 from millrace.kernels.torch_backend import TorchBackend
 
 HEADS, KV_HEADS, HEAD_DIM = 14, 2, 64

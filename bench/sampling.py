@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from millrace.kernels.arguments import Backend
-from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.cpu_backend import CpuBackend
 from millrace.kernels.cpu_build import Toolchain, build_library
+from millrace.kernels.cpu_library import load_library
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime.sampling import SamplerState
 from millrace.runtime.types import SamplingParams

@@ -7,7 +7,6 @@ fixed segments of positions, merged in order; the rest works row by row).
 """
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -38,46 +37,6 @@ from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
 from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_matrix
 from millrace.kernels.cpu_quantized import CpuQuantized, pack_integers
 from millrace.kernels.cpu_sampling import CpuDrawer, block_maxima, block_sums
-
-_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "mr_panel_width": ([], _L),
-    "mr_pack": ([_P, _I, _P, _L, _L, _I], None),
-    "mr_product": ([_P, _P, _P, _L, _I], None),
-    "mr_unpack_rows": ([_P, _I, _P, _L, _P, _P, _L, _L, _L], _L),
-    "mr_rms_norm": ([_P, _P, _P, _P, _L, _L, _F, _I], None),
-    "mr_layer_norm": ([_P, _P, _P, _P, _P, _L, _L, _F, _I], None),
-    "mr_silu_mul": ([_P, _P, _L, _L, _I], None),
-    "mr_gelu_tanh": ([_P, _P, _L, _I], None),
-    "mr_rope": ([_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _I], _L),
-    "mr_write_kv": ([_P, _P, _P, _P, _L, _L, _L, _L], _L),
-    "mr_attention": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
-    "mr_decoder": ([_P, _P, _P, _P], ctypes.c_int64),
-    "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
-    "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
-    "mr_quantized_rows": ([_P, _P, _P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
-    "mr_block_maxima": ([_P, _L, _L, _L, _P, _I], None),
-    "mr_block_sums": ([_P, _L, _L, _L, _P, _P, _I], None),
-    "mr_draw_tokens": ([_P, _L, _L, _L, _P, _L, _P, _L, _P, _L, _L, _P, _I], _L),
-    "mr_probe_read": ([_P, _L, _I], _F),
-    "mr_probe_fma": ([_L, _I], _F),
-    "mr_attention_max_dim": ([], _L),
-    "mr_attention_dim_step": ([], _L),
-}
-
-
-def load_library(path: Path) -> ctypes.CDLL:
-    """Opens the library and declares its functions.
-
-    Raises:
-        OSError: it cannot be loaded.
-        AttributeError: it lacks a function.
-    """
-    library = ctypes.CDLL(str(path))
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, result
-    return library
 
 
 class CpuBackend(Backend):

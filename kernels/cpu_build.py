@@ -6,6 +6,8 @@ The link is against the OpenMP runtime that torch brings: two thread pools on th
 """
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -41,6 +43,21 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "millrace" / "kernels"
 
 
+def torch_version() -> str:
+    """Of the torch that is installed, without an import, which would take seconds; empty if there is none."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def openmp_runtime() -> Path | None:
+    """The OpenMP runtime that torch brings, without an import; None where it brings none."""
+    found = importlib.util.find_spec("torch")
+    folder = Path(found.origin).parent / "lib" if found is not None and found.origin is not None else None
+    return None if folder is None else min(folder.glob("libgomp*.so*"), default=None)
+
+
 def cpu_features() -> str:
     """What `-march=native` depends on: the feature flags that the kernel reports, else the processor's name."""
     try:
@@ -66,10 +83,8 @@ class Toolchain:
     flags: Sequence[str] = FLAGS
 
     def folder(self) -> Path:
-        import torch  # not above: the command line reads names here before it knows whether torch will be wanted
-
         digest = hashlib.sha256()
-        for part in ("\0".join(self.flags), platform.machine(), cpu_features(), torch.__version__):
+        for part in ("\0".join(self.flags), platform.machine(), cpu_features(), torch_version()):
             digest.update(part.encode() + b"\0")
         for source in sorted(SOURCE_DIR.glob("*.[ch]*")):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -118,8 +133,6 @@ def build_library(toolchain: Toolchain) -> Path:
 
 
 def _compile(toolchain: Toolchain, scratch: Path) -> Path:
-    import torch
-
     sources = sorted(SOURCE_DIR.glob("*.cpp"))
     objects = [scratch / f"{source.stem}.o" for source in sources]
     compiler = str(toolchain.compiler)
@@ -131,10 +144,8 @@ def _compile(toolchain: Toolchain, scratch: Path) -> Path:
         for _ in pool.map(_run, commands):
             pass
     library = scratch / "library.so"
-    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     # Named as a file, torch's runtime replaces the -lgomp that -fopenmp would add.
-    runtime = [str(openmp[0])] if openmp else ["-fopenmp"]
-    _run([compiler, "-shared", *map(str, objects), "-o", str(library), *runtime])
+    _run([compiler, "-shared", *map(str, objects), "-o", str(library), str(openmp_runtime() or "-fopenmp")])
     return library
 
 

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from millrace.kernels.cpu_backend import load_library
 from millrace.kernels.cpu_build import Toolchain, build_library
+from millrace.kernels.cpu_library import load_library
 from millrace.kernels.memory import empty_weight
 
 _BYTES = 256_000_000  # well above the caches

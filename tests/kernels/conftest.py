@@ -9,8 +9,9 @@ import torch
 from filelock import FileLock
 
 from millrace.kernels.arguments import Backend
-from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.cpu_backend import CpuBackend
 from millrace.kernels.cpu_build import FLAGS, Toolchain, build_library, find_compiler
+from millrace.kernels.cpu_library import load_library
 from millrace.kernels.torch_backend import TorchBackend
 
 TARGETS = {"native": "native", "avx2": "haswell", "sse2": "x86-64"}

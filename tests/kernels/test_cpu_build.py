@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.kernels import cpu_build, ops
-from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels import cpu_build, cpu_library, ops
+from millrace.kernels.cpu_backend import CpuBackend
 from millrace.kernels.cpu_build import BuildError, Toolchain, build_library, find_library
+from millrace.kernels.cpu_library import load_library
 from millrace.kernels.torch_backend import TorchBackend
 
 FAST = [flag if flag != "-O3" else "-O0" for flag in cpu_build.FLAGS]
@@ -20,9 +21,9 @@ FAST = [flag if flag != "-O3" else "-O0" for flag in cpu_build.FLAGS]
 
 @pytest.fixture
 def fresh_defaults() -> Iterator[None]:
-    ops.default_backends.cache_clear()
+    cpu_library.default_library.cache_clear()
     yield
-    ops.default_backends.cache_clear()
+    cpu_library.default_library.cache_clear()
 
 
 def counting_compiler(folder: Path) -> tuple[Path, Path]:

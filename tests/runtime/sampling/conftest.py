@@ -9,7 +9,8 @@ import torch
 
 from millrace.kernels import cpu_build, dispatch
 from millrace.kernels.arguments import Backend
-from millrace.kernels.cpu_backend import CpuBackend, load_library
+from millrace.kernels.cpu_backend import CpuBackend
+from millrace.kernels.cpu_library import load_library
 from millrace.kernels.torch_backend import TorchBackend
 from millrace.runtime.types import SamplingParams
 
