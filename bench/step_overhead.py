@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import uvloop
 from prometheus_client import CollectorRegistry
 from rich.console import Console
@@ -27,6 +26,7 @@ from rich.table import Table
 from stream_cost import measure as stream_cost
 from stream_cost import measure_floor
 
+from millrace.kernels.cpu_library import set_num_threads
 from millrace.runtime import engine as engine_module
 from millrace.runtime.config import load_config
 from millrace.runtime.device import NullDevice
@@ -59,18 +59,17 @@ class NullModel:
             head_dim=1,
             max_model_len=max_model_len,
         )
-        self.device = torch.device("cpu")
         self.weight_bytes = 0
         self.kv_bytes_per_token = 1
-        self._logits = torch.zeros(4096, VOCAB)
+        self._logits = np.zeros((4096, VOCAB), dtype=np.float32)
 
     def allocate_kv(self, num_blocks: int) -> Any:
         return None
 
-    def forward(self, batch: ForwardBatch, kv: Any) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch[Any], kv: Any) -> Any:
         return self._logits[: len(batch.logits_indices)]
 
-    def copy_blocks(self, kv: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+    def copy_blocks(self, kv: Any, source: Any, target: Any) -> None:
         return None
 
 
@@ -85,7 +84,7 @@ class NullSampling:
     def join(self, *args: Any) -> None:
         return None
 
-    def sample(self, logits: torch.Tensor, rows: Any, logits_index: Any) -> Sampled:
+    def sample(self, logits: Any, rows: Any, logits_index: Any) -> Sampled:
         return Sampled(self._tokens[: len(rows)], None, self._none, ())
 
 
@@ -162,7 +161,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--runs", type=int, default=5, help="runs of each batch, interleaved; the median counts")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    set_num_threads(1)
     engine_module.SamplerState = NullSampling  # type: ignore[assignment,misc]
     costs: dict[int, list[float]] = {batch: [] for batch in args.batches}
     for _ in range(args.runs):

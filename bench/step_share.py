@@ -26,12 +26,11 @@ from peers.probe import ReadProbe
 from peers.table import weight_bytes
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from millrace.runtime import Runtime, SamplingParams
 from millrace.runtime.app import available_cores
 from millrace.runtime.models.base import ForwardBatch
-from millrace.runtime.models.decoder import DecoderModel
+from millrace.runtime.models.cpu_model import CpuModel
 from millrace.runtime.weights.synthetic import preset
 
 PROMPT, NEW_TOKENS, SETTLED = 128, 64, 8
@@ -45,7 +44,7 @@ PRECISIONS: dict[str, dict[str, str]] = {
 
 
 class Recorder:
-    """Stands in for `DecoderModel.forward`: times the passes of decode steps, and repeats every second one."""
+    """Stands in for `CpuModel.forward`: times the passes of decode steps, and repeats every second one."""
 
     def __init__(self, probe: ReadProbe) -> None:
         self.steps: list[float] = []  # seconds, from the end of the pass before
@@ -54,18 +53,18 @@ class Recorder:
         self.floor: list[float] = []  # seconds, of the probe
         self._probe = probe
         self._ended = 0.0
-        self._forward = DecoderModel.forward
+        self._forward = CpuModel.forward
 
     def __enter__(self) -> "Recorder":
         recorder = self
         # A function, so that it is bound to the model like the method whose place it takes.
-        DecoderModel.forward = lambda model, batch, kv: recorder.forward(model, batch, kv)  # type: ignore[method-assign]
+        CpuModel.forward = lambda model, batch, kv: recorder.forward(model, batch, kv)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        DecoderModel.forward = self._forward  # type: ignore[method-assign]
+        CpuModel.forward = self._forward  # type: ignore[method-assign]
 
-    def forward(self, model: DecoderModel, batch: ForwardBatch, kv: Any) -> Tensor:
+    def forward(self, model: CpuModel, batch: ForwardBatch[Any], kv: Any) -> Any:
         start = time.perf_counter()
         logits = self._forward(model, batch, kv)
         end = time.perf_counter()

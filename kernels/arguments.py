@@ -12,8 +12,6 @@ from torch import Tensor
 
 from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
-BLOCK_SIZE = 16  # token slots per KV block
-
 T = TypeVar("T")
 
 
@@ -21,14 +19,6 @@ class Refusal(NamedTuple):
     """A backend's answer when it cannot serve an op: why not, in words that name the shape or the missing thing."""
 
     reason: str
-
-
-class PackedState(NamedTuple):
-    """A packed matrix as what can be written to a file, for the same kernels on the same kind of processor."""
-
-    kind: str  # which class of the backend
-    numbers: dict[str, int]
-    tensors: dict[str, Tensor]
 
 
 class PackedLinear(abc.ABC):
@@ -83,10 +73,6 @@ class PackedLinear(abc.ABC):
     @abc.abstractmethod
     def apply(self, x: Tensor, y: Tensor) -> None:
         """`__call__` after its checks: fills y [num_tokens, out_features]."""
-
-    def state(self) -> PackedState | None:
-        """What `Backend.restore` makes the matrix of again; None where the backend does not offer that."""
-        return None
 
     @abc.abstractmethod
     def row_lookup(self, tokens: Tensor) -> Tensor:
@@ -390,9 +376,6 @@ class Backend:
 
     def pack_quantized(self, args: QuantizedArgs) -> PackedLinear | Refusal:
         return self._lacks("pack_quantized")
-
-    def restore(self, state: PackedState) -> PackedLinear | Refusal:
-        return self._lacks("restore")
 
     def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
         return self._lacks("pack_float8")

@@ -25,7 +25,6 @@ from millrace.kernels.arguments import (
     PackArgs,
     PackedDecoder,
     PackedLinear,
-    PackedState,
     QuantizedArgs,
     Refusal,
     RopeArgs,
@@ -33,10 +32,10 @@ from millrace.kernels.arguments import (
     TokenDrawer,
     WriteKvArgs,
 )
-from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
-from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_matrix
-from millrace.kernels.cpu_quantized import CpuQuantized, pack_integers
+from millrace.kernels.cpu_decoder import CpuStack, KvPoolC
+from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_integers, pack_matrix
 from millrace.kernels.cpu_sampling import CpuDrawer, block_maxima, block_sums
+from millrace.kernels.cpu_transformer import refuse_head_dim
 
 
 class CpuBackend(Backend):
@@ -44,8 +43,6 @@ class CpuBackend(Backend):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._dim_step: int = library.mr_attention_dim_step()
-        self._max_dim: int = library.mr_attention_max_dim()
 
     def pack_linear(self, args: PackArgs) -> PackedLinear | Refusal:
         if not args.weight.is_cpu:
@@ -63,13 +60,6 @@ class CpuBackend(Backend):
             return Refusal(f"groups of {args.weight.group_size} inputs are not whole fours")
         return pack_integers(self._library, args.weight, args.bias)
 
-    def restore(self, state: PackedState) -> PackedLinear | Refusal:
-        kinds: dict[str, type[CpuLinear] | type[CpuQuantized]] = {"linear": CpuLinear, "quantized": CpuQuantized}
-        if state.kind not in kinds:
-            return Refusal(f"it packs no matrix as {state.kind}")
-        fault = kinds[state.kind].fault(self._library, state)
-        return Refusal(fault) if fault else kinds[state.kind](self._library, state)
-
     def pack_float8(self, args: Float8Args) -> PackedLinear | Refusal:
         weight = args.weight
         if not weight.codes.is_cpu:
@@ -81,14 +71,14 @@ class CpuBackend(Backend):
         return pack_matrix(self._library, weight, args.bias)
 
     def pack_decoder(self, args: DecoderArgs) -> PackedDecoder | Refusal:
-        refusal = self._refuse_head_dim(args.head_dim)
-        if refusal is not None:
-            return refusal
+        refusal = refuse_head_dim(self._library, args.head_dim)
+        if refusal:
+            return Refusal(refusal)
         for layer in args.layers:
             for linear in (layer.qkv, layer.output, layer.up, layer.down):
-                if not isinstance(linear, CpuLinear | CpuQuantized):
+                if not isinstance(linear, CpuLinear):
                     return Refusal(f"a matrix is packed as {type(linear).__name__}")
-        return CpuDecoder(self._library, args)
+        return CpuStack(self._library, args)
 
     def rms_norm(self, args: NormArgs) -> Tensor | Refusal:
         x, residual = args.x, args.residual
@@ -164,9 +154,9 @@ class CpuBackend(Backend):
         if not _serves(q):
             return _elsewhere(q)
         head_dim = q.shape[2]
-        refusal = self._refuse_head_dim(head_dim)
-        if refusal is not None:
-            return refusal
+        refusal = refuse_head_dim(self._library, head_dim)
+        if refusal:
+            return Refusal(refusal)
         out = torch.empty_like(q)
         pool = KvPoolC.of(cache, args.v_cache, args.kv_scales)
         bad = self._library.mr_attention(
@@ -189,11 +179,6 @@ class CpuBackend(Backend):
 
     def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
         return CpuDrawer(self._library, args)
-
-    def _refuse_head_dim(self, head_dim: int) -> Refusal | None:
-        if head_dim % self._dim_step or head_dim > self._max_dim:
-            return Refusal(f"head_dim {head_dim} is not a multiple of {self._dim_step} up to {self._max_dim}")
-        return None
 
 
 def _serves(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ which `torch.set_num_threads` sets as well.
 import ctypes
 import functools
 import logging
+import sys
 from pathlib import Path
 
 from millrace.kernels.cpu_build import BuildError, Toolchain, build_library, find_library, openmp_runtime
@@ -20,7 +21,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_panel_width": ([], _L),
     "mr_pack": ([_P, _I, _P, _L, _L, _I], None),
     "mr_product": ([_P, _P, _P, _L, _I], None),
-    "mr_unpack_rows": ([_P, _I, _P, _L, _P, _P, _L, _L, _L], _L),
+    "mr_matrix_rows": ([_P, _P, _P, _L], ctypes.c_int64),
     "mr_rms_norm": ([_P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_layer_norm": ([_P, _P, _P, _P, _P, _L, _L, _F, _I], None),
     "mr_silu_mul": ([_P, _P, _L, _L, _I], None),
@@ -29,9 +30,9 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "mr_write_kv": ([_P, _P, _P, _P, _L, _L, _L, _L], _L),
     "mr_attention": ([_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L, _F, _I], _L),
     "mr_decoder": ([_P, _P, _P, _P], ctypes.c_int64),
+    "mr_transformer": ([_P, _P, _P, _P, _P], ctypes.c_int64),
     "mr_quantized_bytes": ([_L, _L, _L, _I], ctypes.c_int64),
     "mr_quantized_pack": ([_P, _P, _P, _P, _L, _L, _L, _I, _I], None),
-    "mr_quantized_rows": ([_P, _P, _P, _P, _P, _L, _L, _L, _L, _I], ctypes.c_int64),
     "mr_block_maxima": ([_P, _L, _L, _L, _P, _I], None),
     "mr_block_sums": ([_P, _L, _L, _L, _P, _P, _I], None),
     "mr_draw_tokens": ([_P, _L, _L, _L, _P, _L, _P, _L, _P, _L, _L, _P, _I], _L),
@@ -72,6 +73,15 @@ def default_library() -> ctypes.CDLL | None:
         reason = f"the C++ kernels cannot be loaded: {error}"
     _log.info("CPU ops run in torch: %s", reason)
     return None
+
+
+def set_num_threads(threads: int) -> None:
+    """How many threads the calling thread's calls may use, of the library and of torch, whichever are here."""
+    library, torch = default_library(), sys.modules.get("torch")
+    if library is not None:
+        library.mr_set_num_threads(threads)
+    if torch is not None:
+        torch.set_num_threads(threads)
 
 
 def prepare() -> str:

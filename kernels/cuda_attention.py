@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import BLOCK_SIZE, describe
+from millrace.kernels.arguments import describe
 from millrace.kernels.cuda_attention_common import (
     HEAD_DIMS,
     KV_TYPES,
@@ -40,6 +40,7 @@ from millrace.kernels.cuda_attention_common import (
 from millrace.kernels.cuda_attention_prefill import PrefillPlan, plan_prefill, prefill_attention, prefill_variants
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
+from millrace.kernels.memory import BLOCK_SIZE
 
 __all__ = [
     "HEAD_DIMS",

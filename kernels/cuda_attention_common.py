@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import BLOCK_SIZE, describe
+from millrace.kernels.arguments import describe
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
+from millrace.kernels.memory import BLOCK_SIZE
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 MAX_QUERY_ROWS = 16  # num_queries * group of decode; group of prefill

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import BLOCK_SIZE
 from millrace.kernels.cuda_attention_common import (
     POINTERS,
     TYPES,
@@ -28,6 +27,7 @@ from millrace.kernels.cuda_attention_common import (
 )
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
+from millrace.kernels.memory import BLOCK_SIZE
 
 # To be measured on each new kind of device; the kernel is right for any values.
 WIDE_TILE_ROUNDS = 2  # CTAs per SM that there must be for tiles of 128 query rows; with fewer they have 64

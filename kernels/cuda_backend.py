@@ -12,7 +12,6 @@ from torch import Tensor
 
 from millrace.kernels import cuda_attention, cuda_copy, cuda_elementwise, cuda_gemv, cuda_gemv_rows, cuda_sampling
 from millrace.kernels.arguments import (
-    BLOCK_SIZE,
     ActivationArgs,
     AttentionArgs,
     Backend,
@@ -29,6 +28,7 @@ from millrace.kernels.arguments import (
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher
 from millrace.kernels.cuda_linear import CudaLinear, CudaQuantized, CudaRows, QuantizedProducts
+from millrace.kernels.memory import BLOCK_SIZE
 
 _TYPES = tuple(cuda_elementwise.MODEL_DTYPES)
 _VECTOR = cuda_elementwise.VECTOR

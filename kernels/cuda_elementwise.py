@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import BLOCK_SIZE, describe
+from millrace.kernels.arguments import describe
 from millrace.kernels.cuda_compile import Kernel
 from millrace.kernels.cuda_launch import Launcher, pack_params
+from millrace.kernels.memory import BLOCK_SIZE
 
 MODEL_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # Position of a pool's dtype is the kernel's MR_KV; None: the dtype of the activations.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.arguments import (
-    BLOCK_SIZE,
     ActivationArgs,
     AttentionArgs,
     AttentionBatch,
@@ -34,6 +33,7 @@ from millrace.kernels.arguments import (
 from millrace.kernels.checks import ACTIVATION, FLOAT, INT, KV_8_BIT, LONG, WEIGHT, check, refuse
 from millrace.kernels.cpu_library import prepare
 from millrace.kernels.dispatch import Backends, UnservedError, default_backends, serve
+from millrace.kernels.memory import BLOCK_SIZE
 from millrace.kernels.pack import pack_decoder, pack_float8, pack_linear, pack_quantized
 from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 from millrace.kernels.sampling import block_maxima, block_sums, token_drawer

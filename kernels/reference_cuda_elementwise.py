@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from millrace.kernels.arguments import BLOCK_SIZE
+from millrace.kernels.memory import BLOCK_SIZE
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

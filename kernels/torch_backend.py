@@ -10,7 +10,6 @@ from torch import Tensor
 
 from millrace.kernels import torch_sampling
 from millrace.kernels.arguments import (
-    BLOCK_SIZE,
     ActivationArgs,
     AttentionArgs,
     AttentionBatch,
@@ -30,6 +29,7 @@ from millrace.kernels.arguments import (
     TokenDrawer,
     WriteKvArgs,
 )
+from millrace.kernels.memory import BLOCK_SIZE
 from millrace.kernels.quantized import Float8Weight, QuantizedWeight, widen_into
 
 _WIDEN_ELEMENTS = 1 << 20  # weights widened to float32 at a time: 4 MiB, which stays in the last-level cache

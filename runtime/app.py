@@ -5,15 +5,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prometheus_client import CollectorRegistry
 
+from millrace.kernels.cuda_driver import has_driver
 from millrace.runtime.config import Config, load_config, replace
 from millrace.runtime.device import CpuDevice, Device
 from millrace.runtime.engine import Engine, Health
 from millrace.runtime.errors import ConfigError, RuntimeClosedError
-from millrace.runtime.gpu import Gpu, open_gpu, start_gpu
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.loading import Loaded, load
 from millrace.runtime.log import Logger, make_logger
@@ -23,6 +23,10 @@ from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
 from millrace.runtime.types import Priority, PromptLike, SamplingParams, as_prompt
 from millrace.runtime.world import AsyncioWorld
+
+if TYPE_CHECKING:
+    from millrace.runtime.cuda.swap import SwappableModel
+    from millrace.runtime.gpu import Gpu
 
 
 class Runtime:
@@ -86,7 +90,11 @@ class Runtime:
         self._engine.start()
 
     def _load(self) -> Loaded:
-        self._gpu = open_gpu(self.config)
+        kind = self.config.device.kind
+        if kind == "cuda" or (kind == "auto" and has_driver()):
+            from millrace.runtime.gpu import open_gpu  # with torch, whose import a CPU with a build does without
+
+            self._gpu = open_gpu(self.config)
         return load(self.config, self._progress, self._gpu)
 
     def _check_open(self) -> None:
@@ -99,8 +107,11 @@ class Runtime:
         device: Device
         lanes = None
         if self._gpu is not None:
+            from millrace.runtime.gpu import start_gpu
+
             try:
-                started = await start_gpu(world, self._gpu, self.config, loaded.model, self._progress)
+                model = cast("SwappableModel", loaded.model)  # as one is that was loaded onto a GPU
+                started = await start_gpu(world, self._gpu, self.config, model, self._progress)
             except RuntimeError:
                 self._check_open()  # closed meanwhile, which is why helper threads are gone
                 raise
@@ -251,7 +262,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _max_model_len(config: Config, model: Model) -> int:
+def _max_model_len(config: Config, model: Model[Any]) -> int:
     wanted, most = config.model.max_model_len, model.spec.max_model_len
     if wanted > most:
         raise ConfigError(

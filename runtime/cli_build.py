@@ -1,16 +1,16 @@
-"""`millrace build`: packs a model's matrices once, so that later starts read them ready."""
+"""`millrace build`: packs a model's weights once, so that later starts read them ready."""
 
 import argparse
 import time
 
 from rich.console import Console
 
-from millrace.kernels import ops
-from millrace.runtime.config import Config
+from millrace.kernels import cpu_library
+from millrace.runtime.config import Config, replace
 from millrace.runtime.errors import ConfigError
 from millrace.runtime.loading import build_options, load
-from millrace.runtime.weights.build import BuildWriter, identity
-from millrace.runtime.weights.resolve import resolve_model
+from millrace.runtime.models.cpu_model import CpuModel
+from millrace.runtime.weights.build import check_output, identity, write_build
 
 _err = Console(stderr=True, highlight=False)
 
@@ -25,14 +25,18 @@ def build(args: argparse.Namespace, config: Config) -> int:
             fault = f"{key} is {value}, but a build is made of a checkpoint for the CPU: leave it out"
             raise ConfigError(fault, param=key)
     started = time.perf_counter()
-    _err.print(ops.prepare(), soft_wrap=True)
-    path = resolve_model(config.model.path).path
-    writer = BuildWriter(args.output.expanduser(), identity(path, build_options(config)))
-    try:
-        load(config, build=writer)
-        size = writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
+    output = args.output.expanduser()
+    check_output(output)
+    _err.print(cpu_library.prepare(), soft_wrap=True)
+    if cpu_library.default_library() is None:
+        raise ConfigError("a build keeps weights as the C++ kernels want them, which are not here: install g++")
+    # For all positions: a start may ask for fewer.
+    loaded = load(replace(config, {"model.max_model_len": 0}))
+    if not isinstance(loaded.model, CpuModel):
+        raise ConfigError(
+            f"{loaded.name} has matrices or heads that torch computes and not the C++ kernels, whose weights a build "
+            "keeps: start without one"
+        )
+    size = write_build(output, identity(loaded.path, build_options(config)), loaded.model)
     print(f"{args.output}: {size / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s")
     return 0

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from millrace.runtime.config import Config
 from millrace.runtime.gpu import open_gpu
 from millrace.runtime.loading import load
+from millrace.runtime.models.host import tensor_model
 from millrace.runtime.quant.calibration import TextSource
 from millrace.runtime.quant.evaluate import perplexity
 from millrace.runtime.quant.quantize import quantize
@@ -61,7 +62,7 @@ def print_perplexity(args: argparse.Namespace, config: Config) -> int:
             rate = tokens / (time.perf_counter() - started)
             progress.update(task, description=f"{tokens:,} tokens, {rate:,.0f} tokens/s")
 
-        text = TextSource(loaded.tokenizer, loaded.template)
-        result = perplexity(loaded.model, text.file(args.file), window=args.window, stride=args.stride, progress=show)
+        model, text = tensor_model(loaded.model), TextSource(loaded.tokenizer, loaded.template)
+        result = perplexity(model, text.file(args.file), window=args.window, stride=args.stride, progress=show)
     print(f"perplexity {result.value:.4f} over {result.scored:,} tokens ({result.seconds:.1f} s)")
     return 0

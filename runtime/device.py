@@ -1,8 +1,8 @@
 """Devices: streams of work in order, and word on the loop when work is done.
 
 A lane launches work on its stream and goes on; nothing here waits. The CPU device runs all streams on one lane thread,
-so that arithmetic never runs on the event loop and the OpenMP pool of torch, which belongs to the thread that first
-used it, is made once. The null device runs work at the launch itself: everything is deterministic, for tests and for
+so that arithmetic never runs on the event loop and the OpenMP pool, which belongs to the thread that first used it, is
+made once. The null device runs work at the launch itself: everything is deterministic, for tests and for
 measuring what the engine costs besides the arithmetic.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
-import torch
 
+from millrace.kernels.cpu_library import set_num_threads
 from millrace.runtime.world import World
 
 Work = Callable[[], None]
@@ -124,11 +124,10 @@ class CpuDevice:
             self._thread.join()
 
     def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            while (work := self._queue.get()) is not None:
-                work()
-                del work  # the last step's tensors must not live until the next step comes
+        set_num_threads(threads)
+        while (work := self._queue.get()) is not None:
+            work()
+            del work  # the last step's arrays must not live until the next step comes
 
 
 class NullDevice:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -74,7 +75,7 @@ class Engine:
         config: Config,
         world: World,
         device: Device,
-        model: Model,
+        model: Model[Any],
         plan: MemoryPlan,
         tokenizer: Tokenizer,
         template: ChatTemplate,

@@ -20,10 +20,9 @@ from millrace.runtime.cuda.driver import CudaDriver, TorchDriver
 from millrace.runtime.cuda.lanes import cuda_lanes
 from millrace.runtime.cuda.prefill import CudaPrefill
 from millrace.runtime.cuda.start import on_lane
-from millrace.runtime.cuda.swap import CudaSwap
+from millrace.runtime.cuda.swap import CudaSwap, SwappableModel
 from millrace.runtime.errors import ConfigError
 from millrace.runtime.lanes import Lanes
-from millrace.runtime.models.base import Model
 from millrace.runtime.models.declaration import Placement
 from millrace.runtime.plan import GpuMemory, MemoryPlan, plan_gpu, swap_slots
 from millrace.runtime.quant.rounding import Quantization
@@ -109,7 +108,9 @@ class Started(NamedTuple):
     notes: tuple[str, ...]  # for the log: what runs otherwise than one might expect
 
 
-async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progress: Progress | None = None) -> Started:
+async def start_gpu(
+    world: World, gpu: Gpu, config: Config, model: SwappableModel, progress: Progress | None = None
+) -> Started:
     """Measures the model, sizes the KV cache from what is left, and captures the decode steps.
 
     Raises ConfigError, with a table and settings that would fit, where there is no room; nothing is left behind then.
@@ -160,7 +161,7 @@ async def start_gpu(world: World, gpu: Gpu, config: Config, model: Model, progre
     return Started(device, lanes, plan, notes)
 
 
-async def _measure(world: World, device: CudaDevice, gpu: Gpu, config: Config, model: Model) -> GpuMemory:
+async def _measure(world: World, device: CudaDevice, gpu: Gpu, config: Config, model: SwappableModel) -> GpuMemory:
     """Runs the largest prefill step, and captures the largest decode step, against a cache that just holds them."""
     driver = gpu.driver
     tokens, rows = config.scheduler.max_prefill_tokens, config.scheduler.max_num_seqs
@@ -211,7 +212,7 @@ async def _measure_swap(world: World, device: CudaDevice, swap: CudaSwap) -> Non
         swap.block_seconds = (world.now() - before) / count
 
 
-def _lanes(gpu: Gpu, config: Config, model: Model, num_blocks: int, max_model_len: int, slots: int) -> Lanes:
+def _lanes(gpu: Gpu, config: Config, model: SwappableModel, num_blocks: int, max_model_len: int, slots: int) -> Lanes:
     spec = model.spec
     lacking = attention_lacks(spec.head_dim, spec.num_heads // spec.num_kv_heads)
     lanes = cuda_lanes(

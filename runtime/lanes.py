@@ -1,8 +1,8 @@
 """What runs in stream order behind prefill, decode and the sampler: from a plan to a forward pass, and from logits to
 tokens. An actor decides when a step is launched and says what came of it; its lane does the step.
 
-The lanes here compute where the event loop's process computes, in numpy and torch on the CPU. `runtime/cuda/` has those
-that only enqueue work for a GPU.
+The lanes here compute where the event loop's process computes, on the CPU, with numpy's arrays. `runtime/cuda/` has
+those that only enqueue work for a GPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from millrace.runtime.device import StepOutput
 from millrace.runtime.kv.tables import BlockTables
 from millrace.runtime.messages import DecodePlan, LogitsReady, PrefillPlan, PromptLogprobs, SampleJoin, SwapPlan
-from millrace.runtime.models.base import ForwardBatch, Model
+from millrace.runtime.models.base import Array, ForwardBatch, Model
 from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.logprobs import prompt_logprobs
 from millrace.runtime.sampling.rows import TokenRows
@@ -25,6 +23,8 @@ from millrace.runtime.types import BLOCK_SIZE, SamplingParams, choice_of
 
 PLAIN = SamplingParams(temperature=0.0)  # cannot fail: for a row whose own parameters did
 _NO_TOKENS = np.empty(0, dtype=np.int32)
+
+HostModel = Model[NDArray[Any]]
 
 
 class PrefillLane(Protocol):
@@ -69,7 +69,7 @@ class Lanes(NamedTuple):
     swap: SwapLane | None = None  # None: what a preempted sequence had is computed again
 
 
-def host_lanes(model: Model, num_blocks: int, max_rows: int, max_model_len: int) -> Lanes:
+def host_lanes(model: HostModel, num_blocks: int, max_rows: int, max_model_len: int) -> Lanes:
     """Lanes on the CPU, with their storage."""
     kv = model.allocate_kv(num_blocks)
     max_blocks = -(-max_model_len // BLOCK_SIZE)
@@ -114,9 +114,9 @@ class Chunks(NamedTuple):
         )
 
     def batch(
-        self, columns: Mapping[str, Tensor], host: tuple[Sequence[int], Sequence[int]] | None = None
-    ) -> ForwardBatch:
-        """The forward pass over these columns, which are given by name as tensors on the model's device."""
+        self, columns: Mapping[str, Array], host: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> ForwardBatch[Array]:
+        """The forward pass over these columns, which are given by name as arrays of the model's."""
         return ForwardBatch(
             tokens=columns["tokens"],
             positions=columns["positions"],
@@ -159,7 +159,7 @@ def scored_chunks(plan: PrefillPlan) -> list[Scored]:
 class HostPrefill:
     """Owns the block tables of the prompts in flight."""
 
-    def __init__(self, model: Model, kv: Any, tables: BlockTables) -> None:
+    def __init__(self, model: HostModel, kv: Any, tables: BlockTables) -> None:
         self._model = model
         self._kv = kv
         self._tables = tables
@@ -167,8 +167,7 @@ class HostPrefill:
     def run(self, plan: PrefillPlan, output: StepOutput) -> None:
         self._tables.apply(plan.blocks)
         chunks = Chunks.of(plan, self._tables)
-        columns = {name: torch.from_numpy(column) for name, column in chunks._asdict().items()}
-        logits = self._model.forward(chunks.batch(columns), self._kv)
+        logits = self._model.forward(chunks.batch(chunks._asdict()), self._kv)
         output.logits = logits[: len(np.unique(plan.join_of))]
         scores = []
         for scored in scored_chunks(plan):
@@ -181,41 +180,25 @@ class HostPrefill:
 class HostDecode:
     """Owns the device batch: position and block table of every row."""
 
-    def __init__(self, model: Model, kv: Any, tables: BlockTables, tokens: TokenRows) -> None:
+    def __init__(self, model: HostModel, kv: Any, tables: BlockTables, tokens: TokenRows) -> None:
         self._model = model
         self._kv = kv
         self._tables = tables
         self._tokens = tokens
         self._positions = np.zeros(tokens.max_rows, dtype=np.int64)  # [max_rows], of rows outside `_columns`
-        self._columns = _Columns(np.empty(0, dtype=np.int32), self._positions[:0], tables)
-        self._ramp = torch.arange(tokens.max_rows, dtype=torch.int64)  # 0, 1, 2, ...: logits of every row
-        self._starts = torch.arange(tokens.max_rows + 1, dtype=torch.int32)  # one query token per sequence
+        ramp = np.arange(tokens.max_rows + 1, dtype=np.int32)  # 0, 1, 2, ...: one query token per sequence
+        self._query_starts, self._logits_indices = ramp, ramp[:-1].astype(np.int64)
         # Sampling reads a step's logits before the next step is computed. Pages are committed as rows are first used.
-        self._logits = torch.empty(tokens.max_rows, model.spec.vocab_size)  # [max_rows, vocab_size]
+        self._logits = np.empty((tokens.max_rows, model.spec.vocab_size), dtype=np.float32)
+        self._columns = self._make_columns(np.empty(0, dtype=np.int32))
 
     def run(self, plan: DecodePlan, output: StepOutput) -> None:
         if plan.copies is not None:
-            source, target = torch.from_numpy(plan.copies.source), torch.from_numpy(plan.copies.target)
-            self._model.copy_blocks(self._kv, source, target)
+            self._model.copy_blocks(self._kv, plan.copies.source, plan.copies.target)
         self._advance(plan)
-        columns = self._columns
-        batch = len(plan.rows)
-        output.logits = self._model.forward(
-            ForwardBatch(
-                tokens=torch.from_numpy(self._tokens.gather(plan.rows)),
-                positions=columns.positions_tensor,
-                slot_mapping=columns.slots_tensor,
-                query_starts=self._starts[: batch + 1],
-                context_lens=columns.context_lens_tensor,
-                block_tables=columns.block_tables_tensor,
-                logits_indices=self._ramp[:batch],
-                max_query_len=1,
-                max_context_len=columns.longest,
-                is_decode=True,
-                logits_out=self._logits,
-            ),
-            self._kv,
-        )
+        batch = self._columns.batch
+        self._tokens.gather(plan.rows, batch.tokens)
+        output.logits = self._model.forward(batch, self._kv)
 
     def _advance(self, plan: DecodePlan) -> None:
         """Takes the columns to the next position, or makes new ones where rows or block tables have changed."""
@@ -224,32 +207,43 @@ class HostDecode:
             columns.advance()
             return
         self._tables.apply(plan.blocks)
-        self._positions[columns.rows] = columns.positions + 1
+        self._positions[columns.rows] = columns.batch.positions + 1
         self._positions[plan.joined_rows] = plan.joined_positions
-        self._columns = _Columns(plan.rows, self._positions[plan.rows], self._tables)
+        self._columns = self._make_columns(plan.rows)
+
+    def _make_columns(self, rows: NDArray[np.int32]) -> "_Columns":
+        count, positions = len(rows), self._positions[rows]
+        longest = int(positions.max(initial=-1)) + 1
+        batch = ForwardBatch[NDArray[Any]](
+            tokens=np.empty(count, dtype=np.int64),
+            positions=positions,
+            slot_mapping=self._tables.slots(rows, positions, BLOCK_SIZE),
+            query_starts=self._query_starts[: count + 1],
+            context_lens=(positions + 1).astype(np.int32),
+            block_tables=self._tables.gather(rows, -(-longest // BLOCK_SIZE)),
+            logits_indices=self._logits_indices[:count],
+            max_query_len=1,
+            max_context_len=longest,
+            is_decode=True,
+            logits_out=self._logits,
+        )
+        return _Columns(rows, batch)
 
 
-class _Columns:
+class _Columns(NamedTuple):
     """What a step knows of each row. As long as the batch keeps its rows and blocks, the next step is this one, moved
     on in place by one position: most of the cost of a small step would be in making these arrays anew."""
 
-    def __init__(self, rows: NDArray[np.int32], positions: NDArray[np.int64], tables: BlockTables) -> None:
-        self.rows = rows
-        self.positions = positions  # [batch]
-        self.longest = int(positions.max(initial=-1)) + 1  # the longest context
-        self._slots = tables.slots(rows, positions, BLOCK_SIZE)  # [batch]
-        self._context_lens = (positions + 1).astype(np.int32)  # [batch]
-        self.positions_tensor = torch.from_numpy(positions)
-        self.slots_tensor = torch.from_numpy(self._slots)
-        self.context_lens_tensor = torch.from_numpy(self._context_lens)
-        self.block_tables_tensor = torch.from_numpy(tables.gather(rows, -(-self.longest // BLOCK_SIZE)))
+    rows: NDArray[np.int32]
+    batch: ForwardBatch[NDArray[Any]]
 
     def advance(self) -> None:
         """No row may enter a block that it had not: that would have come with an update of its table."""
-        self.longest += 1
-        self.positions += 1
-        self._slots += 1
-        self._context_lens += 1
+        batch = self.batch
+        batch.max_context_len += 1
+        batch.positions += 1
+        batch.slot_mapping += 1
+        batch.context_lens += 1
 
 
 class HostSampling:

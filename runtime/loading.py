@@ -1,58 +1,45 @@
 """Everything that a checkpoint holds, loaded: model, tokenizer, chat template, and a name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 
-from millrace.kernels import ops
+from millrace.kernels import cpu_library
 from millrace.runtime.config import Config
 from millrace.runtime.errors import ConfigError
-from millrace.runtime.gpu import Gpu, placement
 from millrace.runtime.models.base import Model
-from millrace.runtime.quant.rounding import Quantization
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.gguf_tokenizer import chat_templates, load_tokenizer
 from millrace.runtime.text.tokenizer import Tokenizer
 from millrace.runtime.weights.build import Build, identity, open_build
-from millrace.runtime.weights.gguf import GgufCheckpoint
-from millrace.runtime.weights.gguf_file import is_gguf
-from millrace.runtime.weights.loader import gpu_dtype, load_model, random_model
+from millrace.runtime.weights.gguf_file import is_gguf, read_gguf
 from millrace.runtime.weights.resolve import resolve_model
-from millrace.runtime.weights.synthetic import preset
 
-_KV_DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
+if TYPE_CHECKING:
+    from millrace.runtime.gpu import Gpu
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
 class Loaded(msgspec.Struct, frozen=True):
+    """A model for the lanes of the device that it was loaded for."""
+
     name: str
     path: Path  # of tokenizer and template
-    model: Model
+    model: Model[Any]
     tokenizer: Tokenizer
     template: ChatTemplate
 
 
-def _quantization(config: Config) -> Quantization | None:
-    method = config.model.quantize
-    return None if method == "none" else Quantization(method=method, group_size=config.model.quantize_group_size)
-
-
-def _load_text(path: Path, gguf: GgufCheckpoint | None) -> tuple[Tokenizer, ChatTemplate]:
-    if gguf is None:
+def load_text(path: Path, metadata: Mapping[str, Any] | None) -> tuple[Tokenizer, ChatTemplate]:
+    """Of a folder, or of a GGUF file with its metadata."""
+    if metadata is None:
         tokenizer = Tokenizer.load(path)
         return tokenizer, ChatTemplate.load(path, tokenizer.special_tokens)
-    tokenizer = load_tokenizer(gguf.metadata, str(path))
-    return tokenizer, ChatTemplate(chat_templates(gguf.metadata), tokenizer.special_tokens)
+    tokenizer = load_tokenizer(metadata, str(path))
+    return tokenizer, ChatTemplate(chat_templates(metadata), tokenizer.special_tokens)
 
 
 def build_options(config: Config) -> dict[str, Any]:
@@ -61,7 +48,7 @@ def build_options(config: Config) -> dict[str, Any]:
     return {"dtype": model.dtype, "quantize": model.quantize, "group_size": model.quantize_group_size}
 
 
-def _build(config: Config, path: Path, gpu: Gpu | None) -> Build | None:
+def _open_build(config: Config, path: Path, gpu: "Gpu | None") -> Build | None:
     folder = config.model.build
     if not folder:
         return None
@@ -71,13 +58,9 @@ def _build(config: Config, path: Path, gpu: Gpu | None) -> Build | None:
     return open_build(Path(folder).expanduser(), identity(path, build_options(config)))
 
 
-def load(
-    config: Config, progress: Progress | None = None, gpu: Gpu | None = None, build: Build | None = None
-) -> Loaded:
-    """Loads what `config.model` names, onto a GPU if one is given. Blocks; raises CheckpointError or ConfigError.
-
-    `build` takes down what is packed; without one, that of `config.model.build` has it ready.
-    """
+def load(config: Config, progress: Progress | None = None, gpu: "Gpu | None" = None) -> Loaded:
+    """Loads what `config.model` names, onto a GPU if one is given, and from the build that it names, if that holds.
+    Blocks; raises CheckpointError or ConfigError."""
     if config.kv.dtype in ("float32", "bfloat16") and gpu is not None:
         message = "but on a GPU it must be auto, which is the type that it computes in, fp8 or int8"
         raise ConfigError(f"kv.dtype is {config.kv.dtype}, {message}", param="kv.dtype")
@@ -85,38 +68,19 @@ def load(
         # Before weights are packed: it decides how. Some seconds, the first time on a machine.
         if progress is not None:
             progress("CPU kernels", 0, 1)
-        ops.prepare()
+        cpu_library.prepare()
         if progress is not None:
             progress("CPU kernels", 1, 1)
     found = resolve_model(config.model.path)
     name = config.model.served_name or config.model.random_weights or found.name
-    gguf = GgufCheckpoint(found.path) if is_gguf(found.path) else None
-    tokenizer, template = _load_text(found.path, gguf)
-    length = config.model.max_model_len or None
-    report = None if progress is None else (lambda done, total: progress("weights", done, total))
-    model: Model
-    dtype, place, rounded = config.model.dtype, None, _quantization(config)
-    if gpu is not None:
-        path = None if config.model.random_weights else found.path
-        dtype, place = "auto", placement(gpu, config, gpu_dtype(path, config.model.dtype, gguf), rounded)
-    kv = _KV_DTYPES[config.kv.dtype]
-    if config.model.random_weights:
-        _build(config, found.path, gpu)  # which refuses one
-        # Random weights answer nonsense anyway, so the text side of whatever model is named serves as well.
-        shape = preset(config.model.random_weights)
-        model = random_model(
-            shape, dtype=dtype, placement=place, quantize=rounded, kv=kv, max_model_len=length, progress=report
-        )
-    else:
-        model = load_model(
-            found.path,
-            dtype=dtype,
-            placement=place,
-            quantize=rounded,
-            kv=kv,
-            max_model_len=length,
-            progress=report,
-            gguf=gguf,
-            build=build or _build(config, found.path, gpu),
-        )
-    return Loaded(name, found.path, model, tokenizer, template)
+    build = _open_build(config, found.path, gpu)
+    if build is not None:
+        # Weights are read meanwhile.
+        tokenizer, template = load_text(found.path, read_gguf(found.path).metadata if is_gguf(found.path) else None)
+        model = build.model(config.kv.dtype, config.model.max_model_len)
+        if model is not None:
+            return Loaded(name, found.path, model, tokenizer, template)
+    # Imported here, because it brings torch, which takes longer than all that a start from a build does.
+    from millrace.runtime.loading_torch import load_with_torch
+
+    return load_with_torch(config, found.path, name, progress, gpu)

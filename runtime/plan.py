@@ -3,7 +3,7 @@ allocated."""
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -77,7 +77,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(f"  {name:<10} {value:>12}  {text}" for name, value, text in rows)
 
 
-def plan_memory(config: Config, model: Model, max_model_len: int) -> MemoryPlan:
+def plan_memory(config: Config, model: Model[Any], max_model_len: int) -> MemoryPlan:
     """Decides the number of KV blocks. Raises ConfigError with the numbers when not even one sequence has room."""
     if config.kv.swap_memory_mb:
         raise ConfigError(
@@ -107,7 +107,7 @@ def plan_memory(config: Config, model: Model, max_model_len: int) -> MemoryPlan:
     )
 
 
-def plan_gpu(config: Config, model: Model, memory: GpuMemory) -> MemoryPlan:
+def plan_gpu(config: Config, model: Model[Any], memory: GpuMemory) -> MemoryPlan:
     """Gives the KV cache what weights, steps and graphs leave of `device.memory_fraction` of a GPU.
 
     Where `model.max_model_len` is 0 and the checkpoint's own length has no room, the context is as long as there is
@@ -148,7 +148,7 @@ def plan_gpu(config: Config, model: Model, memory: GpuMemory) -> MemoryPlan:
     )
 
 
-def swap_slots(config: Config, model: Model) -> int:
+def swap_slots(config: Config, model: Model[Any]) -> int:
     """Blocks that fit into `kv.swap_memory_mb` of pinned memory. Raises ConfigError where it holds none, or is more
     than the machine has."""
     block, given, total = model.kv_bytes_per_token * BLOCK_SIZE, config.kv.swap_memory_mb * MIB, total_memory()
@@ -161,7 +161,7 @@ def swap_slots(config: Config, model: Model) -> int:
     return given // block
 
 
-def _refusal(config: Config, model: Model, memory: GpuMemory, room: int, wanted: int, tokens: int) -> str:
+def _refusal(config: Config, model: Model[Any], memory: GpuMemory, room: int, wanted: int, tokens: int) -> str:
     """A table of where the memory goes, and what would fit."""
     missing = wanted - room
     block = model.kv_bytes_per_token * BLOCK_SIZE

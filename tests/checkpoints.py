@@ -144,16 +144,14 @@ class PagedSequences:
     All storage starts as NaN, so that a read of a slot that was never written shows in the logits.
     """
 
-    def __init__(self, model: Model, num_seqs: int, max_len: int, seed: int = 0) -> None:
+    def __init__(self, model: Model[Tensor], num_seqs: int, max_len: int, seed: int = 0) -> None:
         self.model = model
         self._width = -(-max_len // BLOCK_SIZE)
         num_blocks = 1 + num_seqs * self._width
         self.kv = model.allocate_kv(num_blocks)
-        if self.kv.scales is None:
-            self.kv.storage.fill_(float("nan"))
-        else:
-            self.kv.storage.view(torch.uint8).fill_(0x7F)  # NaN in float8_e4m3fn
-            self.kv.scales.fill_(float("nan"))
+        for part in (self.kv.storage, self.kv.scales):
+            if part is not None:
+                torch.as_tensor(part).view(torch.uint8).fill_(0xFF)  # NaN in every float type
         blocks = list(range(1, num_blocks))
         random.Random(seed).shuffle(blocks)
         self.tables = [blocks[seq * self._width : (seq + 1) * self._width] for seq in range(num_seqs)]
@@ -183,7 +181,7 @@ class PagedSequences:
             contexts.append(self.lengths[seq])
             used = -(-contexts[-1] // BLOCK_SIZE)
             tables.append(table[:used] + [0] * (self._width - used))
-        batch = ForwardBatch(
+        batch = ForwardBatch[Tensor](
             tokens=torch.tensor(tokens),
             positions=torch.tensor(positions),
             slot_mapping=torch.tensor(slots),

@@ -229,14 +229,14 @@ class PaddedLedger(LedgerModel):
         self.too_long = 1 << 30
         self.refused = self.most_logits = 0
 
-    def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+    def forward(self, batch: ForwardBatch[Tensor], kv: Any) -> Tensor:
         self.most_logits = max(self.most_logits, len(batch.logits_indices))
         limit = self.decode_limit if batch.is_decode else self.limit
         if len(batch.tokens) > limit or int(batch.context_lens.max()) >= self.too_long:
             self.refused += 1
             raise torch.OutOfMemoryError(f"{len(batch.tokens)} tokens\nand a long explanation")
         if not batch.is_decode:
-            return super().forward(batch, kv)
+            return torch.from_numpy(super().forward(batch.converted(Tensor.numpy), kv))
         real = batch.slot_mapping >= BLOCK_SIZE
         count = int(real.sum())
         assert real[:count].all(), "padding stands behind the batch"
@@ -256,7 +256,7 @@ class PaddedLedger(LedgerModel):
                 max_query_len=1,
                 max_context_len=batch.max_context_len,
             )
-            logits[:count] = super().forward(part, kv)
+            logits[:count] = torch.from_numpy(super().forward(part.converted(Tensor.numpy), kv))
         return logits
 
     def block_storage(self, kv: Any) -> tuple[Tensor, None]:

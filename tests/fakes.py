@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-import torch
 from prometheus_client import CollectorRegistry
-from torch import Tensor
 
 from millrace.runtime.config import Config, load_config
 from millrace.runtime.device import CpuDevice, Device, NullDevice
@@ -64,7 +62,6 @@ class LedgerModel:
             max_model_len=max_model_len,
             eos_token_ids=(EOS,),
         )
-        self.device = torch.device("cpu")
         self.fail_at: int | None = None  # raises in the forward pass of this number
         self.num_forwards = 0
         self.num_tokens = 0
@@ -81,19 +78,19 @@ class LedgerModel:
     def allocate_kv(self, num_blocks: int) -> Any:
         return np.full((num_blocks * BLOCK_SIZE, 2), -1, dtype=np.int64)
 
-    def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+    def forward(self, batch: ForwardBatch[Any], kv: Any) -> Any:
         self.num_forwards += 1
         if self.num_forwards == self.fail_at:
             raise RuntimeError("planted")
-        tokens, positions = batch.tokens.numpy(), batch.positions.numpy()
+        tokens, positions = batch.tokens, batch.positions
         self.num_tokens += len(tokens)
         self.batch_sizes.append(len(batch.context_lens))
-        slots = batch.slot_mapping.numpy()
+        slots = batch.slot_mapping
         assert (slots >= BLOCK_SIZE).all(), "a write into the null block"
         assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
         kv[slots, 0], kv[slots, 1] = tokens, positions
-        starts, tables = batch.query_starts.numpy(), batch.block_tables.numpy()
-        wanted = batch.logits_indices.numpy()
+        starts, tables = batch.query_starts, batch.block_tables
+        wanted = batch.logits_indices
         owner = np.searchsorted(starts, wanted, side="right") - 1
         logits = np.full((len(wanted), VOCAB), -20.0, dtype=np.float32)
         for row, (index, sequence) in enumerate(zip(wanted, owner, strict=True)):
@@ -101,11 +98,11 @@ class LedgerModel:
             read = kv[tables[sequence][context // BLOCK_SIZE] * BLOCK_SIZE + context % BLOCK_SIZE]
             digest = hashlib.blake2b(np.ascontiguousarray(read).tobytes(), digest_size=8).digest()
             logits[row, int.from_bytes(digest, "little") % VOCAB] = 20.0
-        return torch.from_numpy(logits)
+        return logits
 
-    def copy_blocks(self, kv: Any, source: Tensor, target: Tensor) -> None:
+    def copy_blocks(self, kv: Any, source: Any, target: Any) -> None:
         blocks = kv.reshape(-1, BLOCK_SIZE, 2)
-        blocks[target.numpy()] = blocks[source.numpy()]
+        blocks[target] = blocks[source]
 
 
 class LedgerSwap:

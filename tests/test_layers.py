@@ -37,6 +37,7 @@ LAYERS = {
     "runtime.plan": 4,
     "runtime.gpu": 4,
     "runtime.loading": 4,
+    "runtime.loading_torch": 4,
     "runtime.supervisor": 4,
     "runtime.engine": 4,
     "runtime.app": 4,

@@ -4,7 +4,7 @@ import os
 import statistics
 import time
 
-import torch
+import numpy as np
 
 from millrace.kernels.cpu_build import Toolchain, build_library
 from millrace.kernels.cpu_library import load_library
@@ -18,12 +18,13 @@ class ReadProbe:
 
     def __init__(self, num_bytes: int, threads: int) -> None:
         self._library = load_library(build_library(Toolchain()))
-        self._data = empty_weight([num_bytes // 4], torch.float32).fill_(1.0)
+        self._data = empty_weight(num_bytes // 4 * 4).view(np.float32)
+        self._data.fill(1.0)
         self._threads = threads
 
     def seconds(self) -> float:
         start = time.perf_counter()
-        self._library.mr_probe_read(self._data.data_ptr(), self._data.numel(), self._threads)
+        self._library.mr_probe_read(self._data.ctypes.data, self._data.size, self._threads)
         return time.perf_counter() - start
 
 

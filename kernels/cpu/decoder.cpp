@@ -1,6 +1,6 @@
-// All layers of a decoder in one call, so that a step costs no Python between its kernels and no fresh memory: the
-// working space stays with the thread (new pages for each intermediate cost up to a sixth of a long prefill).
-// The structures are laid out as in cpu_decoder.py: 8-byte fields only.
+// A transformer in one call, from tokens to logits, or all of its layers, so that a step costs no Python between its
+// kernels and no fresh memory: the working space stays with the thread (new pages for each intermediate cost up to a
+// sixth of a long prefill). The structures are laid out as in cpu_transformer.py: 8-byte fields only.
 
 #include "common.h"
 #include "kernels.h"
@@ -24,7 +24,7 @@ struct Layer {
 struct Decoder {
     const Layer* layers;
     Norm final_norm;
-    const float* cos_sin;  // [max_positions][rotary_dim], or null
+    const float* cos_sin;  // [max_positions][rotary_dim], or null: positions are in the embedding
     int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, rotary_dim, max_positions, is_rms, is_gated;
     Heads heads() const { return {num_heads, num_kv_heads, head_dim}; }
 };
@@ -44,16 +44,26 @@ struct Batch {
     }
 };
 
+// What stands before and behind the layers.
+struct Ends {
+    const Matrix* head;        // gives the logits
+    const void* table;         // [vocab][hidden], embeddings; null: they are the head's rows
+    int64_t table_kind;        // FLOAT, BFLOAT16 or FLOAT16
+    const float* learned;      // [max_positions][hidden], added to the embeddings; or null
+};
+
 // Working space for all of a team.
 struct Space {
     float *x, *qkv, *attended, *wanted, *up, *inner, *product, *attention;
 };
 
-Space take_space(const Decoder& decoder, const Batch& batch, const std::vector<Attention>& attentions) {
+Space take_space(const Decoder& decoder, const Batch& batch, const std::vector<Attention>& attentions,
+                 const Matrix* head) {
     static thread_local Scratch x, qkv, attended, wanted, up, inner, products, attention;  // stay with who calls
     const long rows = batch.num_tokens, mlp_rows = least(rows, MLP_ROWS), hidden = decoder.hidden;
     const long q_width = decoder.num_heads * decoder.head_dim;
-    long qkv_width = 0, up_width = 0, inner_width = 0, product = 0, split = 0;
+    long qkv_width = 0, up_width = 0, inner_width = 0, split = 0;
+    long product = head ? product_space(*head, batch.num_logits) : 0;
     for (long i = 0; i < decoder.num_layers; i++) {
         const Layer& layer = decoder.layers[i];
         qkv_width = most(qkv_width, layer.qkv.out);
@@ -82,7 +92,8 @@ class Pass {
          Team& team)
         : decoder(decoder), batch(batch), attentions(attentions), space(space), team(team) {}
 
-    void run(float* residual, float* out) {
+    // out [num_logits][hidden]; with a head, logits [num_logits][head->out] instead.
+    void run(float* residual, float* out, const Matrix* head = nullptr) {
         const Heads heads = decoder.heads();
         float *x = space.x, *attended = space.attended;
         long rows = batch.num_tokens;
@@ -109,9 +120,10 @@ class Pass {
             linear(layer.output, attended, x, rows);
             norm(layer.post_attention_norm, x, residual, x, rows);
             mlp(layer, x, rows);
-            norm(is_last ? decoder.final_norm : decoder.layers[index + 1].input_norm, x, residual, is_last ? out : x,
-                 rows);
+            norm(is_last ? decoder.final_norm : decoder.layers[index + 1].input_norm, x, residual,
+                 is_last && !head ? out : x, rows);
         }
+        if (head) linear(*head, x, out, rows);
     }
 
   private:
@@ -153,32 +165,101 @@ class Pass {
     Team& team;
 };
 
-}  // namespace
+// What may be wrong with a batch; as in cpu_transformer.py.
+enum Fault { POSITION, SLOT, LOGITS_INDEX, BLOCK_TABLE, TOKEN, BOUNDS, NUM_FAULTS };
+int64_t fault(Fault what, long index) { return 1 + index * NUM_FAULTS + what; }
 
-// residual [num_tokens][hidden] comes as embeddings and is used up; out [num_logits][hidden] is what the output matrix
-// multiplies. Returns 0, or what is wrong, and then nothing was written: 1 + 4 * token for its position, 2 + 4 * token
-// for its slot, 3 + 4 * index for a row of logits, 4 + 4 * sequence for its block table.
-EXPORT int64_t mr_decoder(const Decoder* decoder_, const Batch* batch_, float* residual, float* out) {
-    const Decoder& decoder = *decoder_;
-    const Batch& batch = *batch_;
+// 0, or the fault of the first thing that a batch may not have; but for blocks, which `plan` looks at.
+int64_t check(const Decoder& decoder, const Batch& batch, bool has_positions) {
     for (long t = 0; t < batch.num_tokens; t++) {
-        if (decoder.cos_sin && (batch.positions[t] < 0 || batch.positions[t] >= decoder.max_positions)) return 1 + 4 * t;
-        if (batch.slots[t] < 0 || batch.slots[t] >= batch.num_blocks * BLOCK_SIZE) return 2 + 4 * t;
+        if (has_positions && (batch.positions[t] < 0 || batch.positions[t] >= decoder.max_positions))
+            return fault(POSITION, t);
+        if (batch.slots[t] < 0 || batch.slots[t] >= batch.num_blocks * BLOCK_SIZE) return fault(SLOT, t);
     }
     for (long i = 0; i < batch.num_logits; i++)
-        if (batch.logits_indices[i] < 0 || batch.logits_indices[i] >= batch.num_tokens) return 3 + 4 * i;
+        if (batch.logits_indices[i] < 0 || batch.logits_indices[i] >= batch.num_tokens) return fault(LOGITS_INDEX, i);
+    const int32_t* starts = batch.query_starts;
+    if (starts[0] != 0 || starts[batch.num_seqs] != batch.num_tokens) return fault(BOUNDS, 0);
+    for (long i = 0; i < batch.num_seqs; i++) {
+        const long count = starts[i + 1] - starts[i], context = batch.context_lens[i];
+        if (count < 0 || context < count || context > batch.max_blocks * BLOCK_SIZE) return fault(BOUNDS, i);
+    }
+    return 0;
+}
 
+// The attention of each window; 0, or the fault of a block table.
+int64_t plan(const Decoder& decoder, const Batch& batch, std::vector<Attention>& attentions) {
     const Heads heads = decoder.heads();
-    std::vector<Attention> attentions;  // of each window
     for (long index = 0; index < decoder.num_layers; index++) {
         const long window = decoder.layers[index].window;
         if (find(attentions, window)) continue;
         attentions.push_back({heads, batch.query_starts, batch.context_lens, batch.block_tables, batch.num_seqs,
                               batch.max_blocks, (heads.q + 2 * heads.kv) * heads.dim, window, {}, {}});
         const long bad = plan_attention(attentions.back(), batch.num_blocks, (int)batch.threads);
-        if (bad) return 4 + 4 * (bad - 1);
+        if (bad) return fault(BLOCK_TABLE, bad - 1);
     }
-    const Space space = take_space(decoder, batch, attentions);
-    with_team((int)batch.threads, [&](Team& team) { Pass(decoder, batch, attentions, space, team).run(residual, out); });
+    return 0;
+}
+
+template <class T, class F>
+void widen_rows(const T* table, const int64_t* tokens, float* y, long count, long width, F widen) {
+    for (long t = 0; t < count; t++)
+        for (long i = 0; i < width; i++) y[t * width + i] = widen(table[tokens[t] * width + i]);
+}
+
+// y [num_tokens][hidden]
+void embed(const Decoder& decoder, const Ends& ends, const Batch& batch, const int64_t* tokens, float* y) {
+    const long count = batch.num_tokens, width = decoder.hidden;
+    if (!ends.table)
+        matrix_rows(*ends.head, tokens, y, count);
+    else if (ends.table_kind == FLOAT)
+        widen_rows((const float*)ends.table, tokens, y, count, width, [](float value) { return value; });
+    else if (ends.table_kind == FLOAT16)
+        widen_rows((const _Float16*)ends.table, tokens, y, count, width, [](_Float16 value) { return (float)value; });
+    else
+        widen_rows((const uint16_t*)ends.table, tokens, y, count, width, [](uint16_t value) {
+            const uint32_t bits = (uint32_t)value << 16;
+            float wide;
+            memcpy(&wide, &bits, 4);
+            return wide;
+        });
+    if (ends.learned)
+        for (long t = 0; t < count; t++)
+            for (long i = 0; i < width; i++) y[t * width + i] += ends.learned[batch.positions[t] * width + i];
+}
+
+}  // namespace
+
+// residual [num_tokens][hidden] comes as embeddings and is used up; out [num_logits][hidden] is what the output matrix
+// multiplies. Returns 0, or a fault, and then nothing was written.
+EXPORT int64_t mr_decoder(const Decoder* decoder, const Batch* batch, float* residual, float* out) {
+    const int64_t bad = check(*decoder, *batch, decoder->cos_sin);
+    if (bad) return bad;
+    std::vector<Attention> attentions;
+    const int64_t unplanned = plan(*decoder, *batch, attentions);
+    if (unplanned) return unplanned;
+    const Space space = take_space(*decoder, *batch, attentions, nullptr);
+    with_team((int)batch->threads,
+              [&](Team& team) { Pass(*decoder, *batch, attentions, space, team).run(residual, out); });
+    return 0;
+}
+
+// The same from tokens [num_tokens] to logits [num_logits][vocab].
+EXPORT int64_t mr_transformer(const Decoder* decoder, const Ends* ends, const Batch* batch, const int64_t* tokens,
+                              float* logits) {
+    static thread_local Scratch embeddings;
+    const int64_t bad = check(*decoder, *batch, decoder->cos_sin || ends->learned);
+    if (bad) return bad;
+    for (long t = 0; t < batch->num_tokens; t++)
+        if (tokens[t] < 0 || tokens[t] >= ends->head->out) return fault(TOKEN, t);
+    std::vector<Attention> attentions;
+    const int64_t unplanned = plan(*decoder, *batch, attentions);
+    if (unplanned) return unplanned;
+    const Space space = take_space(*decoder, *batch, attentions, ends->head);
+    float* residual = embeddings.get(batch->num_tokens * decoder->hidden);
+    embed(*decoder, *ends, *batch, tokens, residual);
+    with_team((int)batch->threads, [&](Team& team) {
+        Pass(*decoder, *batch, attentions, space, team).run(residual, logits, ends->head);
+    });
     return 0;
 }

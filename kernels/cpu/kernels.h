@@ -8,10 +8,10 @@
 
 #include <vector>
 
-// How a matrix is stored, in bits where that is enough; the same numbers are in cpu_linear.py.
+// How a matrix is stored, in bits where that is enough; the same numbers are in cpu_matrix.py.
 enum Kind { INT4 = 4, INT8 = 8, BFLOAT16 = 16, FLOAT16 = 17, FLOAT8 = 18, FLOAT = 32 };
 
-struct Matrix {  // laid out as in cpu_linear.py: 8-byte fields only
+struct Matrix {  // laid out as in cpu_matrix.py: 8-byte fields only
     const void* weight;  // packed
     const float* bias;   // padded to panels
     int64_t out, in, kind;
@@ -26,6 +26,10 @@ long product_space(const Matrix& matrix, long rows);
 void product(const Matrix& matrix, const float* x, float* y, long rows, float* space, Team& team);
 long quantized_space(const Matrix& matrix, long rows);  // of 4 and 8 bits
 void quantized_product(const Matrix& matrix, const float* x, float* y, long rows, float* space, Team& team);
+
+// y [count][in] = the rows of the matrix that tokens name, which are checked by the caller.
+void matrix_rows(const Matrix& matrix, const int64_t* tokens, float* y, long count);
+void quantized_rows(const Matrix& matrix, const int64_t* tokens, float* y, long count);  // of 4 and 8 bits
 
 struct Norm {  // 8-byte fields only
     const float *weight, *bias;

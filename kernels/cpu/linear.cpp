@@ -304,12 +304,11 @@ EXPORT void mr_pack(const void* w, int kind, void* out, long n, long k, int thre
         pack((const uint8_t*)w, (uint8_t*)out);
 }
 
-// Rows of the original matrix: y [count][k] = w[tokens[i]][:]. Returns 0, or 1 + the index of a token outside [0, n).
-EXPORT long mr_unpack_rows(const void* w, int kind, const float* scales, long group_bits, const int64_t* tokens, float* y,
-                           long count, long n, long k) {
-    for (long t = 0; t < count; t++)
-        if (tokens[t] < 0 || tokens[t] >= n) return t + 1;
-    const Problem p{nullptr, (const char*)w, scales, nullptr, nullptr, 0, n, k, group_bits};
+// The rows of a plain matrix that tokens name.
+static void plain_rows(const Matrix& matrix, const int64_t* tokens, float* y, long count) {
+    const long k = matrix.in;
+    const Problem p{nullptr, (const char*)matrix.weight, matrix.scales, nullptr, nullptr, 0, matrix.out, k,
+                    matrix.group};
     auto unpack = [&]<class W>(const W* /* which kind */) {
         for (long t = 0; t < count; t++) {
             const long index = tokens[t] / PW, j = tokens[t] % PW;
@@ -320,13 +319,27 @@ EXPORT long mr_unpack_rows(const void* w, int kind, const float* scales, long gr
             }
         }
     };
-    if (kind == FLOAT)
+    if (matrix.kind == FLOAT)
         unpack((const Float*)nullptr);
-    else if (kind == BFLOAT16)
+    else if (matrix.kind == BFLOAT16)
         unpack((const Bfloat*)nullptr);
-    else if (kind == FLOAT16)
+    else if (matrix.kind == FLOAT16)
         unpack((const Half*)nullptr);
     else
         unpack((const Float8*)nullptr);
+}
+
+void matrix_rows(const Matrix& matrix, const int64_t* tokens, float* y, long count) {
+    if (matrix.kind <= INT8)
+        quantized_rows(matrix, tokens, y, count);
+    else
+        plain_rows(matrix, tokens, y, count);
+}
+
+// Rows of the original matrix: y [count][in] = w[tokens[i]][:]. Returns 0, or 1 + the index of a token that it has not.
+EXPORT int64_t mr_matrix_rows(const Matrix* matrix, const int64_t* tokens, float* y, long count) {
+    for (long t = 0; t < count; t++)
+        if (tokens[t] < 0 || tokens[t] >= matrix->out) return t + 1;
+    matrix_rows(*matrix, tokens, y, count);
     return 0;
 }

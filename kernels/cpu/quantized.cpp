@@ -350,29 +350,26 @@ EXPORT void mr_quantized_pack(const uint8_t* q, const uint16_t* scales, const ui
         }
 }
 
-// Rows of the original matrix: y [count][k] = scale * (q - zero). Returns 0, or 1 + the index of a bad token.
-EXPORT int64_t mr_quantized_rows(const uint8_t* w, const uint8_t* codebook, const int64_t* order,
-                                 const int64_t* tokens, float* y, long count, long n, long k, long group, int bits) {
+// scale * (q - zero)
+void quantized_rows(const Matrix& matrix, const int64_t* tokens, float* y, long count) {
+    const long k = matrix.in, group = matrix.group, bits = matrix.kind;
     const long groups = k / group, group_bytes = HEADER + group * PW * bits / 8;
-    for (long t = 0; t < count; t++)
-        if (tokens[t] < 0 || tokens[t] >= n) return t + 1;
     for (long t = 0; t < count; t++) {
         const long index = tokens[t] / PW, j = tokens[t] % PW;
         for (long g = 0; g < groups; g++) {
-            const uint8_t* from = w + (index * groups + g) * group_bytes;
+            const uint8_t* from = (const uint8_t*)matrix.weight + (index * groups + g) * group_bytes;
             _Float16 scale, zero;
             memcpy(&scale, from + j * 2, 2);
             memcpy(&zero, from + PW * 2 + j * 2, 2);
             for (long i = 0; i < group; i++) {
                 int q = bits == 8 ? from[HEADER + (i / 4 * PW + j) * 4 + i % 4]
                                   : from[HEADER + (i / 4 * VL + j % VL) * 4 + i % 4] >> (j / VL * 4) & 15;
-                if (codebook) q = codebook[q];
+                if (matrix.codebook) q = matrix.codebook[q];
                 const long column = g * group + i;
-                y[t * k + (order ? order[column] : column)] = (float)scale * ((float)q - (float)zero);
+                y[t * k + (matrix.order ? matrix.order[column] : column)] = (float)scale * ((float)q - (float)zero);
             }
         }
     }
-    return 0;
 }
 
 // Scales and sums of parts, and the quantised values.

@@ -48,14 +48,14 @@ class DecodeState:
         if "batch" in columns:
             self.batch[: len(columns["batch"])].copy_(columns["batch"])
 
-    def step(self, model: Model, kv: Any, first: int, last: int) -> Tensor:
+    def step(self, model: Model[Tensor], kv: Any, first: int, last: int) -> Tensor:
         """One token for the places first to last - 1 of the batch; logits [last - first, vocab_size]."""
         rows, count = self.batch[first:last], last - first
         tables = self.tables.index_select(0, rows)  # [count, max_blocks]
         positions = self.positions.index_select(0, rows)
         block = tables.gather(1, (positions // BLOCK_SIZE)[:, None])[:, 0]
         logits = model.forward(
-            ForwardBatch(
+            ForwardBatch[Tensor](
                 tokens=self.last_tokens.index_select(0, rows),
                 positions=positions,
                 slot_mapping=block.long() * BLOCK_SIZE + positions % BLOCK_SIZE,
@@ -80,7 +80,7 @@ class CudaDecode:
         self,
         driver: CudaDriver,
         ring: PinnedRing,
-        model: Model,
+        model: Model[Tensor],
         kv: Any,
         rows: DeviceRows,
         max_blocks: int,

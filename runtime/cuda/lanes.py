@@ -8,17 +8,16 @@ from millrace.runtime.cuda.prefill import CudaPrefill
 from millrace.runtime.cuda.rows import DeviceRows
 from millrace.runtime.cuda.sampling import CudaSampling
 from millrace.runtime.cuda.staging import PinnedRing
-from millrace.runtime.cuda.swap import CudaSwap
+from millrace.runtime.cuda.swap import CudaSwap, SwappableModel
 from millrace.runtime.kv.tables import BlockTables
 from millrace.runtime.lanes import Lanes
-from millrace.runtime.models.base import Model
 from millrace.runtime.types import BLOCK_SIZE
 
 
 def cuda_lanes(
     driver: CudaDriver,
     launcher: Launcher,
-    model: Model,
+    model: SwappableModel,
     *,
     num_blocks: int,
     max_rows: int,

@@ -33,7 +33,9 @@ class Piece(NamedTuple):
 class CudaPrefill:
     """Owns the block tables of the prompts in flight: implements millrace.runtime.lanes.PrefillLane."""
 
-    def __init__(self, driver: CudaDriver, ring: PinnedRing, model: Model, kv: Any, tables: BlockTables) -> None:
+    def __init__(
+        self, driver: CudaDriver, ring: PinnedRing, model: Model[Tensor], kv: Any, tables: BlockTables
+    ) -> None:
         self._driver = driver
         self._ring = ring
         self._model = model

@@ -8,7 +8,7 @@ gives blocks away, and lets a sequence go on, only when the swap has reported.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ STAGED_BYTES = 64 << 20
 SLAB_BYTES = 256 << 20  # pinned at a time: torch rounds each piece up to a power of two
 
 
+class SwappableModel(Model[Tensor], Protocol):
+    def block_storage(self, kv: Any) -> tuple[Tensor, Tensor | None]:
+        """Where whole blocks lie, for those who copy them elsewhere: [num_layers, 2, num_blocks, ...], and the scales
+        of a quantised cache in the same form."""
+
+
 class CudaSwap:
     """Owns slots and staging: implements millrace.runtime.lanes.SwapLane.
 
@@ -32,7 +38,7 @@ class CudaSwap:
         num_staged: blocks that the staging buffer holds.
     """
 
-    def __init__(self, driver: CudaDriver, launcher: Launcher, model: Model, kv: Any, num_slots: int) -> None:
+    def __init__(self, driver: CudaDriver, launcher: Launcher, model: SwappableModel, kv: Any, num_slots: int) -> None:
         self.num_slots = num_slots
         self.block_seconds = 0.0
         self._driver = driver

@@ -4,12 +4,13 @@ A model is arithmetic only. It does not know requests, rows, or who owns a block
 batch names, and writes keys and values into the slots that the batch names.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
-import torch
-from torch import Tensor
+
+Array = TypeVar("Array")  # numpy's on the host, so that serving there needs no torch; torch's tensors on a device
+Other = TypeVar("Other")
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,19 +39,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: str = ""
 
 
-class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """A ragged batch: the new tokens of all sequences, one after the other. All tensors lie on the model's device.
+class ForwardBatch(msgspec.Struct, Generic[Array], kw_only=True):
+    """A ragged batch: the new tokens of all sequences, one after the other. All arrays lie where the model does.
 
-    Decode steps have one token a sequence; prefill chunks have many, behind a context that is cached already.
+    Decode steps have one token a sequence; prefill chunks have many, behind a context that is cached already. A lane
+    may give the same batch again with other values in its arrays.
     """
 
-    tokens: Tensor  # [num_tokens] int64
-    positions: Tensor  # [num_tokens] int64, position of each token in its sequence
-    slot_mapping: Tensor  # [num_tokens] int64, block * types.BLOCK_SIZE + offset where its key and value go
-    query_starts: Tensor  # [num_seqs + 1] int32, bounds of each sequence's tokens in the flat batch
-    context_lens: Tensor  # [num_seqs] int32, positions in the cache once this batch is written
-    block_tables: Tensor  # [num_seqs, max_blocks] int32; entries beyond a context are stale: not to be read
-    logits_indices: Tensor  # [num_logits] int64, tokens of the flat batch whose logits are wanted
+    tokens: Array  # [num_tokens] int64
+    positions: Array  # [num_tokens] int64, position of each token in its sequence
+    slot_mapping: Array  # [num_tokens] int64, block * types.BLOCK_SIZE + offset where its key and value go
+    query_starts: Array  # [num_seqs + 1] int32, bounds of each sequence's tokens in the flat batch
+    context_lens: Array  # [num_seqs] int32, positions in the cache once this batch is written
+    block_tables: Array  # [num_seqs, max_blocks] int32; entries beyond a context are stale: not to be read
+    logits_indices: Array  # [num_logits] int64, tokens of the flat batch whose logits are wanted
     max_query_len: int
     max_context_len: int
     # Values of query_starts and context_lens where those lie on a device: reading them back would wait for it. None
@@ -59,14 +61,30 @@ class ForwardBatch(msgspec.Struct, frozen=True, kw_only=True):
     is_decode: bool = False  # one token per sequence, and the logits of all of them are wanted, in order
     # [at least num_logits, vocab_size] float32 where the model may put the logits: a caller that keeps one for its lane
     # spares the fresh pages of tens of megabytes in every step.
-    logits_out: Tensor | None = None
+    logits_out: Array | None = None
+
+    def converted(self, convert: Callable[[Array], Other]) -> "ForwardBatch[Other]":
+        """The same with arrays of another library."""
+        return ForwardBatch(
+            tokens=convert(self.tokens),
+            positions=convert(self.positions),
+            slot_mapping=convert(self.slot_mapping),
+            query_starts=convert(self.query_starts),
+            context_lens=convert(self.context_lens),
+            block_tables=convert(self.block_tables),
+            logits_indices=convert(self.logits_indices),
+            max_query_len=self.max_query_len,
+            max_context_len=self.max_context_len,
+            host=self.host,
+            is_decode=self.is_decode,
+            logits_out=None if self.logits_out is None else convert(self.logits_out),
+        )
 
 
-class Model(Protocol):
+class Model(Protocol[Array]):
     """One checkpoint, loaded. `kv` is the model's own storage, made by `allocate_kv`; nobody else looks inside."""
 
     spec: ModelSpec
-    device: torch.device
 
     @property
     def weight_bytes(self) -> int: ...
@@ -77,13 +95,9 @@ class Model(Protocol):
     def allocate_kv(self, num_blocks: int) -> Any:
         """Storage for `num_blocks` blocks; block 0 is the null block. The pages may be committed on first write."""
 
-    def forward(self, batch: ForwardBatch, kv: Any) -> Tensor:
+    def forward(self, batch: ForwardBatch[Array], kv: Any) -> Array:
         """Writes keys and values of all tokens, and returns logits [num_logits, vocab_size] in the type that the model
-        computes in: float32 on the CPU."""
+        computes in: float32 on the CPU. They may lie in `logits_out`, and be overwritten by the next pass."""
 
-    def copy_blocks(self, kv: Any, source: Tensor, target: Tensor) -> None:
+    def copy_blocks(self, kv: Any, source: Array, target: Array) -> None:
         """Copies whole blocks in every layer (copy-on-write); source and target are [num_copies] int64."""
-
-    def block_storage(self, kv: Any) -> tuple[Tensor, Tensor | None]:
-        """Where whole blocks lie, for those who copy them elsewhere: [num_layers, 2, num_blocks, ...], and the scales
-        of a quantised cache in the same form."""

@@ -60,7 +60,7 @@ class WeightSource(Protocol):
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
     def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
-        """The matrix of the parts `names`: what `make` packs, or the same from an earlier run."""
+        """The matrix of the parts `names`, which `make` packs: a source may note what became of it."""
 
     def matrix(self, name: str) -> AnyWeight:
         """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or in the 8 bits or fewer that it

@@ -1,6 +1,5 @@
 """The forward pass that all our architectures share: a pre-norm decoder over paged KV storage."""
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Protocol
@@ -25,7 +24,6 @@ from millrace.runtime.models.declaration import (
 )
 from millrace.runtime.types import BLOCK_SIZE
 
-Embed = Callable[[Tensor, Tensor], Tensor]  # (tokens, positions) [num_tokens] -> fresh [num_tokens, hidden_size]
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
 
 
@@ -79,13 +77,21 @@ class DecoderLayer(Protocol):
 
 
 class DecoderModel:
-    """A decoder-only transformer: implements millrace.runtime.models.base.Model."""
+    """A decoder-only transformer: implements millrace.runtime.models.base.Model of tensors.
+
+    Attributes:
+        lm_head: the output matrix.
+        table: the embedding [vocab_size, hidden_size]; None: its rows are those of the output matrix.
+        learned: embedding of positions [max_model_len, hidden_size], where they are learned.
+        stack: the layers as one call; None: op by op.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         *,
-        embed: Embed,
+        table: Tensor | None,
+        learned: Tensor | None,
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm | LayerNorm,
         lm_head: ops.PackedLinear,
@@ -101,11 +107,10 @@ class DecoderModel:
         self._has_kv_scales = self.kv_dtype.itemsize == 1
         self.weight_bytes = weight_bytes
         self._backends = place.backends
-        self._embed = embed
+        self.table, self.learned = table, learned
+        self.lm_head, self.stack = lm_head, stack
         self._layers = tuple(layers)
         self._final_norm = final_norm
-        self._lm_head = lm_head
-        self._stack = stack  # the layers as one call; None: op by op, as below
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -124,7 +129,8 @@ class DecoderModel:
         shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
         storage = torch.empty(shape, dtype=self.kv_dtype, device=self.device)
         scales = torch.empty(shape[:-1], device=self.device) if self._has_kv_scales else None
-        ask_for_huge_pages(storage, 2 * spec.num_layers)
+        if storage.is_cpu:
+            ask_for_huge_pages(storage.data_ptr(), storage.nbytes, 2 * spec.num_layers)
         return PagedKV(storage, tuple((layer[0], layer[1]) for layer in storage), tuple(storage), scales)
 
     def copy_blocks(self, kv: PagedKV, source: Tensor, target: Tensor) -> None:
@@ -136,7 +142,7 @@ class DecoderModel:
         return kv.storage, kv.scales
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: PagedKV) -> Tensor:
+    def forward(self, batch: ForwardBatch[Tensor], kv: PagedKV) -> Tensor:
         """Writes keys and values of all tokens; returns logits [num_logits, vocab_size]."""
         attention = ops.attention_batch(
             batch.query_starts,
@@ -150,9 +156,9 @@ class DecoderModel:
         positions, slots = batch.positions, batch.slot_mapping
         last = self._layers[-1]
         residual = self._embed(batch.tokens, positions)  # [num_tokens, hidden_size]
-        if self._stack is not None:
-            x = self._stack(residual, kv.storage, attention, positions, slots, batch.logits_indices, kv.scales)
-            return self._lm_head(x, batch.logits_out)
+        if self.stack is not None:
+            x = self.stack(residual, kv.storage, attention, positions, slots, batch.logits_indices, kv.scales)
+            return self.lm_head(x, batch.logits_out)
         x = self._layers[0].input_norm(residual)
         for index, layer in enumerate(self._layers):
             k_cache, v_cache = kv.layers[index]
@@ -178,7 +184,15 @@ class DecoderModel:
             x = layer.mlp(x)
             next_norm = self._final_norm if layer is last else self._layers[index + 1].input_norm
             x, residual = next_norm.add(x, residual)
-        return self._lm_head(x, batch.logits_out)
+        return self.lm_head(x, batch.logits_out)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[num_tokens] each -> fresh [num_tokens, hidden_size]"""
+        if self.table is None:
+            x = self.lm_head.row_lookup(tokens)
+        else:
+            x = ops.embedding(tokens, self.table, dtype=self.dtype, backends=self._backends)
+        return x if self.learned is None else x.add_(self.learned.index_select(0, positions))
 
 
 class LayerDecl(Protocol):
@@ -219,11 +233,8 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
         raise NotImplementedError
 
     def rotation(self, positions: Tensor) -> Tensor | None:
-        """Cosines and sines that layers rotate queries and keys by, [max_model_len, rotary_dim], if they do."""
-        raise NotImplementedError
-
-    def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
-        """Joins the look-up of tokens with the table of positions, where that is added to them."""
+        """Cosines and sines that layers rotate queries and keys by, [max_model_len, rotary_dim]; None where positions
+        are learned."""
         raise NotImplementedError
 
     def tensors(self) -> Iterator[TensorDecl]:
@@ -240,14 +251,11 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
         """Reads all weights, one module after the other, and makes the model for positions below max_model_len."""
         total = len(self.layers) + 2
         place = source.placement
-        look_up: Callable[[Tensor], Tensor]
+        table = None
         if self.lm_head is None:
             lm_head = self.embedding.load_tied(source)
-            look_up, table_bytes = lm_head.row_lookup, 0
         else:
             table = self.embedding.load(source)
-            look_up = functools.partial(ops.embedding, weight=table, dtype=place.activation, backends=place.backends)
-            table_bytes = table.nbytes
         positions = self.load_positions(source, max_model_len)
         source.release()
         progress(1, total)
@@ -261,11 +269,12 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
             lm_head = self.lm_head.load(source, is_output=True)
         source.release()
         progress(total, total)
+        cos_sin = self.rotation(positions)
         stack = ops.pack_decoder(
             ops.DecoderArgs(
                 layers=tuple(layer.describe() for layer in layers),
                 final_norm=final_norm.weights(),
-                cos_sin=self.rotation(positions),
+                cos_sin=cos_sin,
                 num_heads=self.spec.num_heads,
                 num_kv_heads=self.spec.num_kv_heads,
                 head_dim=self.spec.head_dim,
@@ -275,11 +284,14 @@ class DecoderDecl(msgspec.Struct, frozen=True, kw_only=True):
         )
         return DecoderModel(
             msgspec.structs.replace(self.spec, max_model_len=max_model_len),
-            embed=self.embed(look_up, positions),
+            table=table,
+            learned=positions if cos_sin is None else None,
             layers=layers,
             final_norm=final_norm,
             lm_head=lm_head,
             stack=stack,
-            weight_bytes=table_bytes + lm_head.weight_bytes + sum(layer.weight_bytes for layer in layers),
+            weight_bytes=(0 if table is None else table.nbytes)
+            + lm_head.weight_bytes
+            + sum(layer.weight_bytes for layer in layers),
             placement=place,
         )

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): learned positions, layer norms, a plain GELU MLP, matrices stored [in, out]."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -19,7 +19,7 @@ from millrace.runtime.models.declaration import (
     TensorDecl,
     WeightSource,
 )
-from millrace.runtime.models.decoder import DecoderDecl, Embed
+from millrace.runtime.models.decoder import DecoderDecl
 
 
 class GPT2LayerDecl(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,9 +109,6 @@ class GPT2Decl(DecoderDecl, frozen=True, kw_only=True):
 
     def rotation(self, positions: Tensor) -> None:
         return None
-
-    def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
-        return lambda tokens, at: look_up(tokens).add_(positions.index_select(0, at))
 
 
 def declare_gpt2(config: ConfigReader) -> GPT2Decl:

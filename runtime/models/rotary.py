@@ -1,7 +1,7 @@
 """Decoders with rotary positions, RMS norms and a gated SiLU MLP: Llama, Mistral, Qwen2 and Qwen3."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -19,7 +19,7 @@ from millrace.runtime.models.declaration import (
     TensorDecl,
     WeightSource,
 )
-from millrace.runtime.models.decoder import DecoderDecl, Embed
+from millrace.runtime.models.decoder import DecoderDecl
 from millrace.runtime.models.rope import Rope, read_rope
 
 
@@ -123,9 +123,6 @@ class RotaryDecl(DecoderDecl, frozen=True, kw_only=True):
 
     def rotation(self, positions: Tensor) -> Tensor:
         return positions
-
-    def embed(self, look_up: Callable[[Tensor], Tensor], positions: Tensor) -> Embed:
-        return lambda tokens, _: look_up(tokens)
 
 
 def declare_rotary(

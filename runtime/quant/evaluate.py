@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.runtime.errors import ConfigError
-from millrace.runtime.models.base import ForwardBatch, Model
+from millrace.runtime.models.base import ForwardBatch
+from millrace.runtime.models.host import PlacedModel
 from millrace.runtime.quant.calibration import Token
 from millrace.runtime.types import BLOCK_SIZE
 
@@ -35,7 +36,7 @@ class Perplexity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def perplexity(
-    model: Model,
+    model: PlacedModel,
     tokens: Iterable[Token],
     *,
     window: int | None = None,
@@ -96,7 +97,7 @@ def _sliding(tokens: Iterable[Token], window: int, stride: int) -> Iterator[tupl
 class _Reader:
     """Runs one window at a time through a model, over storage of its own."""
 
-    def __init__(self, model: Model, window: int) -> None:
+    def __init__(self, model: PlacedModel, window: int) -> None:
         self._model = model
         blocks = -(-window // BLOCK_SIZE)
         self._kv: Any = model.allocate_kv(1 + blocks)
@@ -119,7 +120,7 @@ class _Reader:
     def _forward(self, ids: Sequence[int], start: int, indices: Sequence[int]) -> Tensor:
         device, end = self._model.device, start + len(ids)
         positions = torch.arange(start, end, device=device)
-        batch = ForwardBatch(
+        batch = ForwardBatch[Tensor](
             tokens=torch.tensor(ids, device=device),
             positions=positions,
             slot_mapping=positions + BLOCK_SIZE,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.quantized import QuantizedWeight
+from millrace.runtime.weights.gguf_file import LAYOUTS
 
 _SLICE = 1 << 20  # weights that are spread out at a time
 _LARGEST = 65504.0  # of float16
@@ -218,17 +219,17 @@ def _iq4_xs(data: Tensor) -> _Blocks:
 
 BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
     {
-        "Q4_0": BlockType(32, 18, 4, 32, 8, _q4_0),
-        "Q4_1": BlockType(32, 20, 4, 32, 0, _q4_1),
-        "Q5_0": BlockType(32, 22, 8, 32, 16, _q5_0),
-        "Q5_1": BlockType(32, 24, 8, 32, 0, _q5_1),
-        "Q8_0": BlockType(32, 34, 8, 32, 128, _q8_0),
-        "Q2_K": BlockType(256, 84, 4, 16, 0, _q2_k),
-        "Q3_K": BlockType(256, 110, 4, 16, 4, _q3_k),
-        "Q4_K": BlockType(256, 144, 4, 32, 0, _q4_k),
-        "Q5_K": BlockType(256, 176, 8, 32, 0, _q5_k),
-        "Q6_K": BlockType(256, 210, 8, 16, 32, _q6_k),
-        "IQ4_NL": BlockType(32, 18, 4, 32, 0, _iq4_nl, has_codebook=True),
-        "IQ4_XS": BlockType(256, 136, 4, 32, 0, _iq4_xs, has_codebook=True),
+        "Q4_0": BlockType(*LAYOUTS["Q4_0"], 4, 32, 8, _q4_0),
+        "Q4_1": BlockType(*LAYOUTS["Q4_1"], 4, 32, 0, _q4_1),
+        "Q5_0": BlockType(*LAYOUTS["Q5_0"], 8, 32, 16, _q5_0),
+        "Q5_1": BlockType(*LAYOUTS["Q5_1"], 8, 32, 0, _q5_1),
+        "Q8_0": BlockType(*LAYOUTS["Q8_0"], 8, 32, 128, _q8_0),
+        "Q2_K": BlockType(*LAYOUTS["Q2_K"], 4, 16, 0, _q2_k),
+        "Q3_K": BlockType(*LAYOUTS["Q3_K"], 4, 16, 4, _q3_k),
+        "Q4_K": BlockType(*LAYOUTS["Q4_K"], 4, 32, 0, _q4_k),
+        "Q5_K": BlockType(*LAYOUTS["Q5_K"], 8, 32, 0, _q5_k),
+        "Q6_K": BlockType(*LAYOUTS["Q6_K"], 8, 16, 32, _q6_k),
+        "IQ4_NL": BlockType(*LAYOUTS["IQ4_NL"], 4, 32, 0, _iq4_nl, has_codebook=True),
+        "IQ4_XS": BlockType(*LAYOUTS["IQ4_XS"], 4, 32, 0, _iq4_xs, has_codebook=True),
     }
 )

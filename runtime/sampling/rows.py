@@ -14,5 +14,5 @@ class TokenRows:
     def scatter(self, rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
         self._tokens[rows] = tokens
 
-    def gather(self, rows: NDArray[np.int32]) -> NDArray[np.int64]:
-        return self._tokens[rows]
+    def gather(self, rows: NDArray[np.int32], out: NDArray[np.int64]) -> None:
+        self._tokens.take(rows, out=out, mode="clip")  # which, unlike "raise", has no copy of its own

@@ -1,65 +1,67 @@
-"""Packed matrices of a model on disk, so that a start neither rounds nor packs: made by `millrace build`.
+"""A model's packed weights on disk, made by `millrace build`: such a start neither rounds nor packs nor imports torch.
 
 A build is a folder with `weights.bin` and `manifest.json`. It holds for one checkpoint, one set of options and one kind
 of processor, and the manifest tells which; where one of them is another now, the model is loaded as if there were no
-build. So it may be deleted at any time. Norms, tables that are only looked up in, and texts are read from the
-checkpoint still.
+build. So it may be deleted at any time. Texts (tokenizer and chat template) are read from the checkpoint still.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import msgspec
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from millrace.kernels.arguments import PackedLinear, PackedState
 from millrace.kernels.cpu_build import Toolchain
-from millrace.kernels.dispatch import default_backends
+from millrace.kernels.cpu_library import default_library
+from millrace.kernels.cpu_transformer import KV_KINDS, TransformerState
 from millrace.kernels.memory import empty_weight
 from millrace.runtime.errors import CheckpointError, ConfigError
+from millrace.runtime.models.base import ModelSpec
+from millrace.runtime.models.cpu_model import CpuModel
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_ALIGNMENT = 4096
+_FORMAT = 2
+_ALIGNMENT = 64  # a cache line
 _PART = 16 << 20  # bytes that a thread reads at a time
 _PROBE = 1 << 20  # bytes at either end of a file that tell whether it is the same one
 
 Identity = Mapping[str, str]  # what a build holds for
+Array = npt.NDArray[Any]
 
 
-class Build(Protocol):
-    def packed(self, name: str, make: Callable[[], PackedLinear]) -> PackedLinear:
-        """The packed matrix of that name."""
-
-
-class _Stored(msgspec.Struct, frozen=True):
-    """One tensor in weights.bin."""
+class _Place(msgspec.Struct, frozen=True):
+    """One array in weights.bin."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
 
 
-class _Matrix(msgspec.Struct, frozen=True):
-    kind: str
-    numbers: dict[str, int]
-    tensors: dict[str, _Stored]
+class _Header(msgspec.Struct, frozen=True):
+    """The part of a manifest that tells whether the rest can be read."""
 
-
-class _Manifest(msgspec.Struct, frozen=True):
     format: int
     identity: dict[str, str]
     size: int  # of weights.bin
-    matrices: dict[str, _Matrix]
+
+
+class _Model(msgspec.Struct, frozen=True):
+    """The rest of a manifest; arrays stand as their places."""
+
+    spec: ModelSpec
+    kv_dtype: str  # where nobody names one
+    weights: TransformerState
 
 
 def identity(path: Path, options: Mapping[str, Any]) -> Identity:
@@ -83,80 +85,80 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-class BuildWriter:
-    """Takes down every matrix that is packed; `finish` makes a build of them.
-
-    Raises ConfigError where the output exists, or the C++ kernels, whose layout is kept, are not there.
-    """
-
-    def __init__(self, output: Path, holds_for: Identity) -> None:
-        if output.exists():
-            raise ConfigError(f"{output} exists: name a folder that does not, or delete it first", param="output")
-        if default_backends()[0].name != "cpu":
-            raise ConfigError("a build keeps matrices as the C++ kernels want them, which are not here: install g++")
-        self._output, self._identity = output, dict(holds_for)
-        self._scratch = output.with_name(output.name + ".partial")
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(parents=True)
-        self._matrices: dict[str, _Matrix] = {}
-        self._file: BinaryIO = (self._scratch / "weights.bin").open("wb")
-
-    def packed(self, name: str, make: Callable[[], PackedLinear]) -> PackedLinear:
-        linear = make()
-        state = linear.state()
-        if state is not None:  # what torch serves is packed at each start
-            stored = {key: self._write(tensor) for key, tensor in state.tensors.items()}
-            self._matrices[name] = _Matrix(state.kind, state.numbers, stored)
-        return linear
-
-    def finish(self) -> int:
-        """Returns the build's size in bytes."""
-        with self._file as file:
-            size = file.tell()
-        manifest = _Manifest(_FORMAT, self._identity, size, self._matrices)
-        (self._scratch / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        os.rename(self._scratch, self._output)
-        return size
-
-    def abandon(self) -> None:
-        """Removes what was written."""
-        self._file.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
-
-    def _write(self, tensor: Tensor) -> _Stored:
-        offset = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
-        self._file.seek(offset)
-        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        return _Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset)
+def check_output(output: Path) -> None:
+    """Raises ConfigError where a build would replace something."""
+    if output.exists():
+        raise ConfigError(f"{output} exists: name a folder that does not, or delete it first", param="output")
 
 
-class ReadyWeights:
-    """The matrices of a build: implements Build."""
+def write_build(output: Path, holds_for: Identity, model: CpuModel) -> int:
+    """Writes a build, all of it or nothing, and returns its size in bytes. Raises ConfigError where `output` exists."""
+    check_output(output)
+    scratch = output.with_name(output.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with (scratch / "weights.bin").open("wb") as file:
+            described = _Model(model.spec, model.kv_dtype, model.transformer.state)
+            rest = msgspec.to_builtins(described, enc_hook=lambda array: _write(file, array))
+            header = _Header(_FORMAT, dict(holds_for), file.tell())
+        manifest = msgspec.structs.asdict(header) | rest
+        (scratch / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        os.rename(scratch, output)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return header.size
 
-    def __init__(self, file: Path, matrices: Mapping[str, _Matrix]) -> None:
-        self._file, self._matrices = file, matrices
 
-    def packed(self, name: str, make: Callable[[], PackedLinear]) -> PackedLinear:
-        stored = self._matrices.get(name)
-        if stored is None:
-            return make()
-        tensors = {key: _read(self._file, tensor) for key, tensor in stored.tensors.items()}
-        linear = default_backends()[0].restore(PackedState(stored.kind, stored.numbers, tensors))
-        if isinstance(linear, PackedLinear):
-            return linear
-        _log.warning("%s in the build %s is not used: %s", name, self._file.parent, linear.reason)
-        return make()
+def _write(file: BinaryIO, array: Array) -> dict[str, Any]:
+    offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+    file.seek(offset)
+    file.write(np.ascontiguousarray(array).data)
+    return msgspec.structs.asdict(_Place(str(array.dtype), array.shape, offset))
 
 
-def _read(file: Path, stored: _Stored) -> Tensor:
-    tensor = empty_weight(stored.shape, getattr(torch, stored.dtype))
-    space = tensor.flatten().view(torch.uint8).numpy().data
-    # In parts, since one thread does not copy as fast as memory takes it: half of the time is spent on fresh pages.
-    parts = range(0, len(space), _PART)
-    with ThreadPoolExecutor(min(len(parts) or 1, torch.get_num_threads())) as pool:
-        for _ in pool.map(lambda at: _fill(file, space[at : at + _PART], stored.offset + at), parts):
-            pass
-    return tensor
+class Build:
+    """A build that holds, whose weights are being read in other threads."""
+
+    def __init__(self, folder: Path, size: int, library: ctypes.CDLL) -> None:
+        self._folder, self._library = folder, library
+        self._memory = empty_weight(size)
+        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="millrace-read")
+        # In parts, since one thread does not copy as fast as memory takes it: half of the time is spent on fresh pages.
+        self._parts: list[Future[None]] = [
+            self._pool.submit(_fill, folder / "weights.bin", self._memory[start : start + _PART].data, start)
+            for start in range(0, size, _PART)
+        ]
+        self._pool.shutdown(wait=False)
+
+    def model(self, kv_dtype: str, max_model_len: int) -> CpuModel | None:
+        """The model, once all is read, with keys and values of that type ("auto": what goes with its weights), and for
+        that many positions, if they are fewer than it was made for; 0: for all. None, with a warning, for a manifest
+        that does not fit the weights. Raises CheckpointError where they end too soon."""
+        for part in self._parts:
+            part.result()
+        try:
+            content = (self._folder / "manifest.json").read_bytes()
+            described = msgspec.json.decode(content, type=_Model, dec_hook=lambda _, place: self._array(place))
+            spec = described.spec
+            if 0 < max_model_len < spec.max_model_len:
+                spec = msgspec.structs.replace(spec, max_model_len=max_model_len)
+            wanted = described.kv_dtype if kv_dtype == "auto" else kv_dtype
+            if wanted not in KV_KINDS:
+                raise ValueError(f"kv_dtype is {wanted}")
+            return CpuModel(self._library, described.weights, spec, wanted)
+        except (OSError, msgspec.MsgspecError, ValueError, TypeError) as error:
+            _unused(self._folder, f"its manifest does not fit: {error}")
+            return None
+
+    def _array(self, stored: Any) -> Array:
+        place = msgspec.convert(stored, _Place)
+        dtype = np.dtype(place.dtype)
+        end = place.offset + dtype.itemsize * math.prod(place.shape)
+        if place.offset < 0 or place.offset % dtype.itemsize or min(place.shape) < 0 or end > len(self._memory):
+            raise ValueError(f"an array of {list(place.shape)} does not lie at {place.offset}")
+        return self._memory[place.offset : end].view(dtype).reshape(place.shape)
 
 
 def _fill(file: Path, space: memoryview, offset: int) -> None:
@@ -165,31 +167,36 @@ def _fill(file: Path, space: memoryview, offset: int) -> None:
         while space:
             count = opened.readinto(space)
             if not count:
-                raise CheckpointError(f"{file} ends in the middle of a matrix: delete the build, and make it again")
+                raise CheckpointError(f"{file} ends too soon: delete the build, and make it again")
             space = space[count:]
 
 
-def open_build(folder: Path, holds_for: Identity) -> ReadyWeights | None:
+def open_build(folder: Path, holds_for: Identity) -> Build | None:
     """The build in `folder`; None, with a warning that says what differs, where it does not hold here and now."""
+    library = default_library()
     reason = ""
     try:
-        manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
+        header = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Header)
         size = (folder / "weights.bin").stat().st_size
     except FileNotFoundError as error:
         reason = f"there is no {error.filename}"
     except (OSError, msgspec.MsgspecError) as error:
         reason = f"it cannot be read: {error}"
     else:
-        differing = [key for key, value in holds_for.items() if manifest.identity.get(key) != value]
-        if manifest.format != _FORMAT:
-            reason = f"its format is {manifest.format}, and {_FORMAT} is read"
-        elif default_backends()[0].name != "cpu":
+        differing = [key for key, value in holds_for.items() if header.identity.get(key) != value]
+        if header.format != _FORMAT:
+            reason = f"its format is {header.format}, and {_FORMAT} is read"
+        elif library is None:
             reason = "the C++ kernels, which it is for, are not here"
         elif differing:
             reason = f"it was made for other {' and '.join(differing)}"
-        elif size != manifest.size:
-            reason = f"weights.bin has {size} bytes instead of {manifest.size}"
+        elif size != header.size:
+            reason = f"weights.bin has {size} bytes instead of {header.size}"
         else:
-            return ReadyWeights(folder / "weights.bin", manifest.matrices)
-    _log.warning("the build in %s is not used, so that weights are packed at this start: %s", folder, reason)
+            return Build(folder, size, library)
+    _unused(folder, reason)
     return None
+
+
+def _unused(folder: Path, reason: str) -> None:
+    _log.warning("the build in %s is not used, so that weights are packed at this start: %s", folder, reason)

@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES, read_blocks, widen_b
 from millrace.runtime.text.gguf_tokenizer import special_ids
 from millrace.runtime.weights.checkpoint import StoredTensor
 from millrace.runtime.weights.gguf_config import architecture, model_config
-from millrace.runtime.weights.gguf_file import FLOAT_TYPES, GgufMaps, read_gguf
+from millrace.runtime.weights.gguf_file import GgufMaps, read_gguf
 
+FLOAT_TYPES = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 _FACTORS = "rope_freqs.weight"  # what Llama 3's scaling divides each frequency by
 _ROTARY_FILE = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # old files carry frequencies, which the keys give
 _IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -116,7 +119,7 @@ class GgufCheckpoint:
             factors = self._stored[_FACTORS]
             if factors.kind != "F32":
                 raise CheckpointError(f"{self.path}: {_FACTORS} is {factors.kind}, but it must be F32")
-            values = self._maps.rows(factors).view(torch.float32).flatten().tolist()
+            values = self._maps.rows(factors).view(np.float32).flatten().tolist()
             config["rope_scaling"] = {"rope_type": "factors", "factors": values}
             self.release()
         return config
@@ -188,7 +191,7 @@ class GgufCheckpoint:
 
     def _rows(self, own: str) -> Tensor:
         """The bytes of a tensor, those of a matrix row by row in the order of a Hugging Face checkpoint."""
-        rows = self._maps.rows(self._stored[own])
+        rows = torch.from_numpy(self._maps.rows(self._stored[own]))
         order = self._order(own)
         return rows if order is None or len(self._stored[own].shape) == 1 else rows.index_select(0, order)
 

@@ -15,15 +15,16 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from millrace.runtime.errors import CheckpointError
-from millrace.runtime.quant.gguf_blocks import BLOCK_TYPES
 
-FLOAT_TYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-)
+# How many weights stand together, and in how many bytes.
+LAYOUTS: Mapping[str, tuple[int, int]] = MappingProxyType({
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22),
+    "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136),
+})  # fmt: skip
 _TYPE_NAMES: Mapping[int, str] = MappingProxyType({
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
@@ -68,16 +69,16 @@ class GgufMaps:
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def rows(self, tensor: GgufTensor) -> Tensor:
+    def rows(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
         """[rows, bytes of a row] uint8 in the map, private to this process; one row for a vector."""
         if tensor.file not in self._maps:
             self._maps[tensor.file] = _map(tensor.file, mmap.ACCESS_COPY)
         count = math.prod(tensor.shape[:-1])
-        data = torch.frombuffer(self._maps[tensor.file], dtype=torch.uint8, count=tensor.nbytes, offset=tensor.start)
-        return data.view(count, -1)
+        data = np.frombuffer(self._maps[tensor.file], dtype=np.uint8, count=tensor.nbytes, offset=tensor.start)
+        return data.reshape(count, -1)
 
     def release(self) -> None:
-        """Unmaps what no tensor refers to any more."""
+        """Unmaps what no array refers to any more."""
         self._maps.clear()
 
 
@@ -200,15 +201,11 @@ class _Header:
         self, name: str, shape: tuple[int, ...], kind_id: int, offset: int, start: int, alignment: int
     ) -> GgufTensor:
         kind = _TYPE_NAMES.get(kind_id, f"number {kind_id}")
-        if kind in FLOAT_TYPES:
-            weights, nbytes = 1, FLOAT_TYPES[kind].itemsize
-        elif kind in BLOCK_TYPES:
-            weights, nbytes = BLOCK_TYPES[kind].weights, BLOCK_TYPES[kind].nbytes
-        else:
+        if kind not in LAYOUTS:
             raise CheckpointError(
-                f"{self._path}: the tensor {name} is of type {kind}, but supported are "
-                f"{', '.join((*FLOAT_TYPES, *BLOCK_TYPES))}"
+                f"{self._path}: the tensor {name} is of type {kind}, but supported are {', '.join(LAYOUTS)}"
             )
+        weights, nbytes = LAYOUTS[kind]
         if shape[-1] % weights:
             raise CheckpointError(
                 f"{self._path}: the tensor {name} has rows of {shape[-1]}, but {kind} has blocks of {weights}"

@@ -21,7 +21,6 @@ from millrace.runtime.models.registry import declare
 from millrace.runtime.quant.formats import read_format
 from millrace.runtime.quant.formats.base import FLOATS, type_name
 from millrace.runtime.quant.rounding import Quantization
-from millrace.runtime.weights.build import Build
 from millrace.runtime.weights.checkpoint import Checkpoint, CheckpointFiles, read_config
 from millrace.runtime.weights.gguf import GgufCheckpoint
 from millrace.runtime.weights.gguf_file import is_gguf
@@ -29,6 +28,15 @@ from millrace.runtime.weights.matching import Matched, match
 from millrace.runtime.weights.synthetic import RandomWeights
 
 _LISTED = 4  # names in a description
+
+# Of keys and values, by the name in the configuration; None goes with the weights.
+KV_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 Progress = Callable[[int, int], None]  # (modules loaded, modules in all)
 
@@ -43,7 +51,6 @@ def load_model(
     max_model_len: int | None = None,
     progress: Progress | None = None,
     gguf: GgufCheckpoint | None = None,
-    build: Build | None = None,
 ) -> DecoderModel:
     """Loads a checkpoint in Hugging Face layout or a GGUF file, quantised or not; memory peaks at the weights and one
     layer.
@@ -62,7 +69,6 @@ def load_model(
         max_model_len: positions to prepare for, at most what the checkpoint was made for, which is the default.
         progress: called after each module with (modules loaded, modules in all).
         gguf: the GGUF file at `path`, where it is open already.
-        build: takes down packed matrices, or has them ready.
 
     Raises:
         CheckpointError: unknown architecture or setting; missing, unexpected, misshapen or unreadable weights.
@@ -86,7 +92,7 @@ def load_model(
     place = placement or Placement(quantize=quantize, kv=kv or _kv_dtype(dtype, quantize, _stored_types(checkpoint)))
     matched = match(decl, checkpoint, quantization, path)
     storage = _storage(dtype, placement)
-    source = _CheckpointWeights(checkpoint, matched, storage, place, build)
+    source = _CheckpointWeights(checkpoint, matched, storage, place)
     model = decl.build(source, length, progress or _silent)
     stored = matched.describe(quantization) if gguf is None else gguf.describe(type_name(storage[torch.bfloat16]))
     model.spec = _described(model.spec, f"{stored}{_widened(source.widened)}{_rounding(place)}")
@@ -161,10 +167,8 @@ class _CheckpointWeights:
         matched: Matched,
         storage: Mapping[torch.dtype, torch.dtype],
         placement: Placement,
-        build: Build | None,
     ) -> None:
         self.placement = placement
-        self._build = build
         self._checkpoint = checkpoint
         self._matched = matched
         self._storage = storage
@@ -174,7 +178,7 @@ class _CheckpointWeights:
         return self._checkpoint.read(self._matched.names[name])
 
     def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
-        linear = make() if self._build is None else self._build.packed(names[0], make)
+        linear = make()
         if linear.dtype in self._storage and any(map(self._is_quantized, names)):
             joined = " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
             self.widened.setdefault(linear.dtype, []).append(joined)

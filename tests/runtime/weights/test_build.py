@@ -1,7 +1,9 @@
-"""Builds: the same logits from matrices that lie ready, and what makes them unfit."""
+"""Builds: the same logits from weights that lie ready, and what makes them unfit."""
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +11,23 @@ import pytest
 import torch
 from checkpoints import PagedSequences, make_checkpoint, random_tokens
 
-from millrace.kernels import ops
-from millrace.kernels.arguments import PackedState
-from millrace.kernels.cpu_backend import CpuBackend
-from millrace.kernels.quantized import Float8Weight, QuantizedWeight
+from millrace.kernels import cpu_library
 from millrace.runtime import cli
 from millrace.runtime.config import load_config
 from millrace.runtime.errors import ConfigError
 from millrace.runtime.loading import load
+from millrace.runtime.models.cpu_model import CpuModel
 from millrace.runtime.models.decoder import DecoderModel
+from millrace.runtime.models.host import cpu_model, tensor_model
 from millrace.runtime.quant.rounding import Quantization
-from millrace.runtime.weights.build import BuildWriter, identity, open_build
+from millrace.runtime.weights.build import identity, open_build, write_build
 from millrace.runtime.weights.loader import load_model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _needs_kernels() -> None:
-    ops.prepare()
-    if ops.default_backends()[0].name == "torch":
+    cpu_library.prepare()
+    if cpu_library.default_library() is None:
         pytest.skip("NO C++ KERNELS HERE, SO BUILDS ARE NOT TESTED: install g++")
 
 
@@ -35,33 +36,58 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("qwen2", tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
 
 
-def logits(model: DecoderModel) -> torch.Tensor:
+def logits(model: Any) -> torch.Tensor:
     return PagedSequences(model, 1, 64).step({0: random_tokens(20, seed=1)})[0]
 
 
-def built(model: Path, output: Path, **options: Any) -> torch.Tensor:
-    writer = BuildWriter(output, identity(model, {}))
-    made = logits(load_model(model, build=writer, **options))
-    assert writer.finish() == (output / "weights.bin").stat().st_size
+def built(folder: Path, output: Path, **options: Any) -> DecoderModel:
+    made = load_model(folder, **options)
+    packed = cpu_model(made)
+    assert packed is not None
+    assert write_build(output, identity(folder, {}), packed) == (output / "weights.bin").stat().st_size
     return made
 
 
+def read(output: Path, folder: Path, kv: str = "auto", max_model_len: int = 0) -> CpuModel | None:
+    build = open_build(output, identity(folder, {}))
+    assert build is not None
+    return build.model(kv, max_model_len)
+
+
 @pytest.mark.parametrize("method", ["none", "int8", "int4", "nf4", "fp8"])
-def test_the_same_bits(method: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits(method: Any, model: Path, tmp_path: Path) -> None:
     quantize = None if method == "none" else Quantization(method=method, group_size=16)
     made = built(model, tmp_path / "out", quantize=quantize)
     assert not (tmp_path / "out.partial").exists()
-    ready = open_build(tmp_path / "out", identity(model, {}))
+    ready = read(tmp_path / "out", model)
     assert ready is not None
-    for name in ("pack_linear", "pack_quantized", "pack_float8"):
-        monkeypatch.delattr(ops, name)  # nothing is packed again
-    assert torch.equal(logits(load_model(model, build=ready, quantize=quantize)), made)
+    assert torch.equal(logits(tensor_model(ready)), logits(made))
+    assert ready.spec == made.spec
+    assert (ready.weight_bytes, ready.kv_bytes_per_token) == (made.weight_bytes, made.kv_bytes_per_token)
 
 
-def test_an_untied_float32_model(tmp_path: Path) -> None:
-    folder = make_checkpoint("llama-biases", tmp_path / "model")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_kind_of_model(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = make_checkpoint(architecture, tmp_path / "model", dtype=dtype)
     made = built(folder, tmp_path / "out")
-    assert torch.equal(logits(load_model(folder, build=open_build(tmp_path / "out", identity(folder, {})))), made)
+    ready = read(tmp_path / "out", folder)
+    assert ready is not None
+    assert torch.equal(logits(tensor_model(ready)), logits(made))
+
+
+def test_a_model_with_a_part_that_torch_computes_has_none(tmp_path: Path) -> None:
+    assert cpu_model(load_model(make_checkpoint("llama-biases", tmp_path))) is None  # heads of 24
+
+
+def test_types_and_lengths_are_of_the_start(model: Path, tmp_path: Path) -> None:
+    made = built(model, tmp_path / "out", kv=None)
+    narrow = read(tmp_path / "out", model, "int8", 50)
+    assert narrow is not None
+    assert (narrow.kv_dtype, narrow.spec.max_model_len) == ("int8", 50)
+    usual = read(tmp_path / "out", model, max_model_len=1 << 30)
+    assert usual is not None
+    assert (usual.kv_dtype, usual.spec.max_model_len) == ("bfloat16", made.spec.max_model_len)
 
 
 def rewrite(folder: Path, **values: Any) -> None:
@@ -75,7 +101,7 @@ def rewrite(folder: Path, **values: Any) -> None:
     (lambda folder, holds: (folder / "manifest.json").write_text("{}"), "it cannot be read"),
     (lambda folder, holds: (folder / "manifest.json").unlink(), "there is no .*manifest.json"),
     (lambda folder, holds: (folder / "weights.bin").write_bytes(b"short"), "weights.bin has 5 bytes instead of"),
-    (lambda folder, holds: rewrite(folder, format=2), "its format is 2, and 1 is read"),
+    (lambda folder, holds: rewrite(folder, format=1), "its format is 1, and 2 is read"),
 ])  # fmt: skip
 def test_a_build_that_does_not_fit_is_left(
     change: Any, reason: str, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -100,39 +126,40 @@ def test_another_model_or_option_is_another_identity(tmp_path: Path) -> None:
     assert first["model files"] != identity(folder, {"quantize": "none"})["model files"]
 
 
-def test_matrices_of_other_sizes_are_packed_anew(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    made = built(model, tmp_path / "out")
-    matrices = json.loads((tmp_path / "out" / "manifest.json").read_text())["matrices"]
-    name = next(iter(matrices))
-    matrices[name]["numbers"]["in_features"] += 1
-    rewrite(tmp_path / "out", matrices=matrices)
-    ready = open_build(tmp_path / "out", identity(model, {}))
-    assert torch.equal(logits(load_model(model, build=ready)), made)
-    (record,) = caplog.records
-    assert f"{name} in the build" in record.getMessage()
+def numbers(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where whole numbers and sizes stand in a manifest."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [found for key, each in items for found in numbers(each, (*path, key))]
+    return [path] if type(value) is int else []
 
 
-def test_states_that_would_be_read_past_their_end_are_refused() -> None:
-    backend = ops.default_backends()[0]
-    assert isinstance(backend, CpuBackend)
-    integers = QuantizedWeight(
-        torch.zeros(40, 64, dtype=torch.uint8), torch.ones(40, 2).half(), torch.zeros(40, 2).half(), 4,
-        torch.zeros(16, dtype=torch.int8), torch.arange(64),
-    )  # fmt: skip
-    codes = Float8Weight(torch.zeros(40, 64).to(torch.float8_e4m3fn), torch.ones(40, 2), 32)
-    for linear in (ops.pack_linear(torch.zeros(40, 64)), ops.pack_float8(codes), ops.pack_quantized(integers)):
-        state = linear.state()
-        assert state is not None
-        assert isinstance(backend.restore(state), ops.PackedLinear)
-        for number in state.numbers:
-            for value in (-1, 0, 3, 1 << 40):
-                changed = state._replace(numbers={**state.numbers, number: value})
-                if number != "group_bits" or "scales" in state.tensors:  # which others have no use for
-                    assert not isinstance(backend.restore(changed), ops.PackedLinear), (number, value)
-        for tensor in state.tensors:
-            cut = {key: kept[:-1] if key == tensor else kept for key, kept in state.tensors.items()}
-            assert not isinstance(backend.restore(state._replace(tensors=cut)), ops.PackedLinear), tensor
-    assert not isinstance(backend.restore(PackedState("other", {}, {})), ops.PackedLinear)
+@pytest.mark.parametrize("quantize", [None, Quantization(method="nf4", group_size=16)])
+def test_no_manifest_makes_kernels_read_what_is_not_theirs(
+    quantize: Quantization | None, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every size and place of the first layer and the ends, changed: the build is left, or the model still answers."""
+    built(model, tmp_path / "out", quantize=quantize)
+    whole = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    places = [path for path in numbers(whole["weights"]) if path[:2] != ("decoder", "layers") or path[2] == 0]
+    assert len(places) > 40
+    refused = 0
+    for path in places:
+        for value in (-1, 0, 3, 1 << 40):
+            changed = json.loads(json.dumps(whole["weights"]))
+            at = changed
+            for key in path[:-1]:
+                at = at[key]
+            at[path[-1]] = value
+            rewrite(tmp_path / "out", weights=changed)
+            caplog.clear()
+            ready = read(tmp_path / "out", model)
+            if ready is None:
+                refused += 1
+                assert "its manifest does not fit" in caplog.text
+            else:
+                logits(tensor_model(ready))
+    assert refused > 3 * len(places)
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +176,26 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists" in capsys.readouterr().err
     assert cli.main(["build", "grist", str(tmp_path / "new"), "--build", str(output)]) == 2
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_serving_from_a_build_imports_no_torch(tmp_path: Path) -> None:
+    assert cli.main(["build", "grist", str(tmp_path / "out")]) == 0
+    program = f"""
+import asyncio, sys
+from millrace.runtime import Runtime, SamplingParams
+import millrace.server.app
+async def main():
+    async with Runtime(model__build={str(tmp_path / "out")!r}) as runtime:
+        for params in (
+            SamplingParams(max_tokens=4, temperature=0.0, logprobs=2, prompt_logprobs=1),
+            SamplingParams(max_tokens=4, seed=1, top_p=0.9, top_k=5, repetition_penalty=1.1, n=2),
+        ):
+            assert (await runtime.submit("Once upon a time", params)).choices[0].token_ids
+asyncio.run(main())
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
 
 
 def test_it_is_for_checkpoints_on_the_cpu() -> None:
