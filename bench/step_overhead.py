@@ -85,7 +85,7 @@ class NullSampling:
     def join(self, *args: Any) -> None:
         return None
 
-    def sample(self, logits: torch.Tensor, rows: Any, logits_index: Any) -> Sampled:
+    def sample(self, logits: np.ndarray[Any, Any], rows: Any, logits_index: Any) -> Sampled:
         return Sampled(self._tokens[: len(rows)], None, self._none, ())
 
 

@@ -8,8 +8,6 @@ fixed segments of positions, merged in order; the rest works row by row).
 
 import ctypes
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,9 +16,7 @@ from millrace.kernels.arguments import (
     AttentionArgs,
     Backend,
     DecoderArgs,
-    DrawerArgs,
     Float8Args,
-    MaximaArgs,
     NormArgs,
     PackArgs,
     PackedDecoder,
@@ -29,14 +25,11 @@ from millrace.kernels.arguments import (
     QuantizedArgs,
     Refusal,
     RopeArgs,
-    SumsArgs,
-    TokenDrawer,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuDecoder, KvPoolC
 from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_matrix
 from millrace.kernels.cpu_quantized import CpuQuantized, pack_integers
-from millrace.kernels.cpu_sampling import CpuDrawer, block_maxima, block_sums
 
 
 class CpuBackend(Backend):
@@ -180,15 +173,6 @@ class CpuBackend(Backend):
                 f" {cache.shape[0]} blocks"
             )
         return out
-
-    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
-        return block_maxima(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
-
-    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
-        return block_sums(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
-
-    def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
-        return CpuDrawer(self._library, args)
 
     def _refuse_head_dim(self, head_dim: int) -> Refusal | None:
         if head_dim % self._dim_step or head_dim > self._max_dim:

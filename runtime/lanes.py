@@ -173,7 +173,7 @@ class HostPrefill:
         scores = []
         for scored in scored_chunks(plan):
             rows = logits[scored.row : scored.row + len(scored.following)]
-            found = prompt_logprobs(rows, scored.following, scored.num_top)
+            found = prompt_logprobs(rows.numpy(), scored.following, scored.num_top)
             scores.append(PromptLogprobs(scored.seq, scored.start, scored.following, found))
         output.prompt_logprobs = tuple(scores)
 
@@ -264,7 +264,7 @@ class HostSampling:
 
     def run(self, ready: LogitsReady) -> None:
         broken = {index: reason for index, join in enumerate(ready.joins) if (reason := self._join(join)) is not None}
-        sampled = self._state.sample(ready.output.logits, ready.rows, ready.logits_index)
+        sampled = self._state.sample(ready.output.logits.numpy(), ready.rows, ready.logits_index)
         if broken:
             sampled = msgspec.structs.replace(
                 sampled,
