@@ -5,8 +5,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -276,92 +274,6 @@ class CopyBlocksArgs(NamedTuple):
     )
 
 
-LOGIT_BLOCK = 64  # ids per block of `block_maxima` and `block_sums`, a power of two
-
-# What the draws of a row depend on besides its logits; struct Settings of cpu/sampling.cpp.
-DRAW_DTYPE = np.dtype(
-    [
-        ("seed", "u8"),
-        ("choice", "u8"),
-        ("position", "i8"),  # tokens drawn before; a draw adds one
-        ("greedy", "i8"),  # 1 takes the most likely id, whatever stands below
-        ("top_k", "i8"),  # the vocabulary's size or more is off; 0 marks a row that is not in use
-        ("top_p", "f8"),  # 1 is off
-        ("min_p", "f8"),  # 0 is off
-        ("temperature", "f8"),  # above 0
-    ]
-)
-BROKEN, EMPTY = -1, -2  # in place of a token: NaN or an infinity among the logits; all of them are -inf
-
-
-class MaximaArgs(NamedTuple):
-    logits: Tensor  # [rows, vocab] float32, rows may lie apart
-
-
-class SumsArgs(NamedTuple):
-    logits: Tensor  # [rows, vocab] float32, rows may lie apart
-    row_max: npt.NDArray[np.float32]  # [rows], finite
-
-
-class DrawerArgs(NamedTuple):
-    table: npt.NDArray[np.void]  # [num_rows] of DRAW_DTYPE
-    vocab: int
-
-
-class TokenDrawer(abc.ABC):
-    """Draws tokens from logits; made by `ops.token_drawer`. Used by one thread at a time."""
-
-    def __init__(self, args: DrawerArgs) -> None:
-        self.table, self.vocab = args
-
-    @abc.abstractmethod
-    def __call__(
-        self, logits: Tensor, rows: npt.NDArray[np.signedinteger], source: npt.NDArray[np.signedinteger] | None = None
-    ) -> tuple[npt.NDArray[np.int32], int]:
-        """Draws one token for each of some rows, and advances their positions.
-
-        A greedy row takes the most likely id, the lowest one on ties. Another takes one number in [0, 1) from Philox
-        (`philox.uniforms`) of its seed, choice and position, and inverts with it the cumulative distribution of
-        exp(logit / temperature): over all ids in the order of the blocks of `block_sums`, or, where a filter is on,
-        over the ids that min_p, then top_k, then top_p over what those two keep have left, the most likely one first.
-
-        Args:
-            logits: [num_logits, vocab] float32 on the CPU, whose rows may lie apart.
-            rows: [num_draws] int32 or int64, distinct rows of the table that are in use.
-            source: [num_draws] int32 or int64, the row of the logits that each draw reads; None is the identity.
-
-        Returns:
-            Tokens [num_draws], BROKEN or EMPTY where the logits allow none, and how many those are; such a row's
-            position stays.
-
-        Raises:
-            ValueError: an argument is of another shape or type, or names a row that it may not.
-        """
-
-    def check(self, logits: Tensor, rows: npt.NDArray[np.signedinteger], source: npt.NDArray[np.signedinteger]) -> None:
-        """Raises ValueError, with the numbers, unless a draw may have these arguments."""
-        if logits.dim() != 2 or logits.shape[1] != self.vocab or logits.dtype != torch.float32 or not logits.is_cpu:
-            raise ValueError(
-                f"logits are {describe(logits)}, but float32 [num_logits, {self.vocab}] on the CPU is needed"
-            )
-        if logits.stride(1) != 1 and self.vocab > 1:
-            raise ValueError(f"logits have strides {logits.stride()}, but neighbouring ids must lie side by side")
-        for name, index in (("rows", rows), ("logits_index", source)):
-            if index.dtype not in (np.int32, np.int64) or index.ndim != 1:
-                raise ValueError(
-                    f"{name} is {index.dtype} {list(index.shape)}, but int32 or int64 [num_draws] is needed"
-                )
-        named, sources = rows.tolist(), source.tolist()
-        if len(sources) != len(named):
-            raise ValueError(f"logits_index has {len(sources)} entries for {len(named)} rows")
-        if sources and not 0 <= min(sources) <= max(sources) < len(logits):
-            raise ValueError(f"logits_index reaches {max(sources)}, but there are {len(logits)} rows of logits")
-        if not all(0 <= row < len(self.table) and self.table["top_k"][row] > 0 for row in named):
-            raise ValueError(f"rows {named} name one that has not joined")
-        if len(set(named)) != len(named):
-            raise ValueError(f"rows {named} name one twice; a row draws one token per step")
-
-
 class Backend:
     """One way to compute the ops. An op that a backend does not override, or cannot serve for the arguments given,
     is refused with a reason, and the next backend of the list is asked."""
@@ -412,15 +324,6 @@ class Backend:
 
     def copy_blocks(self, args: CopyBlocksArgs) -> Refusal | None:
         return self._lacks("copy_blocks")
-
-    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
-        return self._lacks("block_maxima")
-
-    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
-        return self._lacks("block_sums")
-
-    def token_drawer(self, args: DrawerArgs) -> TokenDrawer | Refusal:
-        return self._lacks("token_drawer")
 
 
 def _name(dtype: torch.dtype) -> str:

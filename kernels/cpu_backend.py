@@ -8,8 +8,6 @@ fixed segments of positions, merged in order; the rest works row by row).
 
 import ctypes
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,9 +16,7 @@ from millrace.kernels.arguments import (
     AttentionArgs,
     Backend,
     DecoderArgs,
-    DrawerArgs,
     Float8Args,
-    MaximaArgs,
     NormArgs,
     PackArgs,
     PackedDecoder,
@@ -28,13 +24,10 @@ from millrace.kernels.arguments import (
     QuantizedArgs,
     Refusal,
     RopeArgs,
-    SumsArgs,
-    TokenDrawer,
     WriteKvArgs,
 )
 from millrace.kernels.cpu_decoder import CpuStack, KvPoolC
 from millrace.kernels.cpu_linear import KINDS, CpuLinear, pack_integers, pack_matrix
-from millrace.kernels.cpu_sampling import CpuDrawer, block_maxima, block_sums
 from millrace.kernels.cpu_transformer import refuse_head_dim
 
 
@@ -170,15 +163,6 @@ class CpuBackend(Backend):
                 f" {cache.shape[0]} blocks"
             )
         return out
-
-    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32] | Refusal:
-        return block_maxima(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
-
-    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32] | Refusal:
-        return block_sums(self._library, args) if _serves(args.logits) else _elsewhere(args.logits)
-
-    def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
-        return CpuDrawer(self._library, args)
 
 
 def _serves(tensor: Tensor) -> bool:

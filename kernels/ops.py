@@ -36,7 +36,6 @@ from millrace.kernels.dispatch import Backends, UnservedError, default_backends,
 from millrace.kernels.memory import BLOCK_SIZE
 from millrace.kernels.pack import pack_decoder, pack_float8, pack_linear, pack_quantized
 from millrace.kernels.quantized import Float8Weight, QuantizedWeight
-from millrace.kernels.sampling import block_maxima, block_sums, token_drawer
 
 __all__ = [
     "BLOCK_SIZE",
@@ -53,8 +52,6 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention_batch",
-    "block_maxima",
-    "block_sums",
     "copy_blocks",
     "default_backends",
     "embedding",
@@ -70,7 +67,6 @@ __all__ = [
     "rope_",
     "rope_kv",
     "silu_mul",
-    "token_drawer",
     "write_kv",
 ]
 

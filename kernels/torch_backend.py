@@ -2,31 +2,24 @@
 
 import abc
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from millrace.kernels import torch_sampling
 from millrace.kernels.arguments import (
     ActivationArgs,
     AttentionArgs,
     AttentionBatch,
     Backend,
     CopyBlocksArgs,
-    DrawerArgs,
     EmbeddingArgs,
     Float8Args,
-    MaximaArgs,
     NormArgs,
     PackArgs,
     PackedLinear,
     QuantizedArgs,
     Refusal,
     RopeArgs,
-    SumsArgs,
-    TokenDrawer,
     WriteKvArgs,
 )
 from millrace.kernels.memory import BLOCK_SIZE
@@ -186,15 +179,6 @@ class TorchBackend(Backend):
         pool = args.kv_storage
         for part in (pool,) if args.kv_scales is None else (pool.view(torch.uint8), args.kv_scales):
             part[:, :, args.target] = part[:, :, args.source]
-
-    def block_maxima(self, args: MaximaArgs) -> npt.NDArray[np.float32]:
-        return torch_sampling.block_maxima(args.logits)
-
-    def block_sums(self, args: SumsArgs) -> npt.NDArray[np.float32]:
-        return torch_sampling.block_sums(args.logits, args.row_max)
-
-    def token_drawer(self, args: DrawerArgs) -> TokenDrawer:
-        return torch_sampling.TorchDrawer(args)
 
 
 def _add_residual(args: NormArgs) -> Tensor:

@@ -1,6 +1,6 @@
 // From rows of logits to one token each: maxima of blocks of neighbouring ids, sums of weights over blocks of ids that
 // lie far apart, and the draw, which then reads little more than those. What each step means stands in
-// torch_sampling.py; ids are drawn in the same order there, and weights differ in the last bits of exp.
+// numpy_sampling.py; ids are drawn in the same order there, and weights differ in the last bits of exp.
 //
 // Every sum is one thread's, and adds up in the same order however a row is cut into pieces: a row's token is the same in
 // every batch and for any number of threads.
@@ -17,7 +17,7 @@ namespace {
 
 constexpr long MAXIMA_PIECE = 32;  // blocks whose maxima are found at a time
 
-// DRAW_DTYPE of arguments.py.
+// DRAW_DTYPE of kernels/sampling.py.
 struct Settings {
     uint64_t seed;
     uint64_t choice;
@@ -140,7 +140,7 @@ int32_t draw_from_cut(const Problem& p, const float* x, const Settings& s, const
     return ranking.walk([&](long, double so_far) { return so_far > target; }).id;
 }
 
-// The token, or what is wrong with the row: the codes BROKEN and EMPTY of arguments.py.
+// The token, or what is wrong with the row: the codes BROKEN and EMPTY of kernels/sampling.py.
 int32_t draw(const Problem& p, long i, const float* maxima, const float* sums) {
     const float row_max = row_maximum(maxima, p.blocks());
     if (!(row_max <= FLT_MAX)) return -1;

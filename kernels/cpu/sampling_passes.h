@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr long BLOCK = 64;        // ids per block, LOGIT_BLOCK in arguments.py
+constexpr long BLOCK = 64;        // ids per block, LOGIT_BLOCK in kernels/sampling.py
 constexpr long SUMS_PIECE = 512;  // blocks that are summed at a time, at most: their sums stay in L1
 constexpr float LEAST = -87.0f;   // exp of less is taken for 0
 

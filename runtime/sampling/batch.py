@@ -7,21 +7,17 @@ number is a function of (seed, choice, position): a row draws the same tokens al
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from millrace.kernels import ops
-from millrace.kernels.arguments import BROKEN, DRAW_DTYPE, EMPTY
-from millrace.kernels.torch_sampling import CHUNK_ELEMENTS
+from millrace.kernels import host_sampling
+from millrace.kernels.numpy_sampling import CHUNK_ELEMENTS
+from millrace.kernels.sampling import BROKEN, DRAW_DTYPE, EMPTY, Floats, Index, Sampling, Tokens
 from millrace.runtime.messages import LogprobColumns
 from millrace.runtime.sampling.edits import LogitEdits
 from millrace.runtime.sampling.logprobs import token_logprobs
 from millrace.runtime.sampling.penalties import PenaltyTable
 from millrace.runtime.types import SamplingParams
 
-Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
-Index = npt.NDArray[np.signedinteger]
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: scaled logits would leave the range of float32
 
@@ -45,11 +41,11 @@ class Sampled(msgspec.Struct, frozen=True):
 class SamplerState:
     """Sampling parameters, positions and seen tokens of every row. Owned by one thread.
 
-    `backends` are those of the draws, as for `kernels.ops`.
+    `sampling` is what draws, as for `kernels.host_sampling`.
     """
 
     def __init__(
-        self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...] = (), *, backends: ops.Backends = None
+        self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...] = (), *, sampling: Sampling | None = None
     ) -> None:
         strange = [token for token in eos_token_ids if not 0 <= token < vocab_size]
         if strange:
@@ -60,12 +56,11 @@ class SamplerState:
         self._penalties = PenaltyTable(max_rows, vocab_size)
         self._table = np.zeros(max_rows, dtype=DRAW_DTYPE)
         self._top_k, self._position = self._table["top_k"], self._table["position"]  # [max_rows], views
-        self._drawer = ops.token_drawer(self._table, vocab_size, backends=backends)
+        self._drawer = host_sampling.token_drawer(self._table, vocab_size, sampling=sampling)
         self._num_logprobs = np.full(max_rows, -1, dtype=np.int64)  # -1 is off
-        self._backends = backends
         self._num_asking = 0  # rows that want log probabilities
         # Logits of rows that edit theirs are copied here, so many rows at a time that passes over them hit the cache.
-        self._copies = torch.empty(max(1, min(max_rows, CHUNK_ELEMENTS // vocab_size)), vocab_size)
+        self._copies = np.empty((max(1, min(max_rows, CHUNK_ELEMENTS // vocab_size)), vocab_size), dtype=np.float32)
 
     def join(
         self,
@@ -125,11 +120,11 @@ class SamplerState:
         self._num_asking -= int(self._num_logprobs[row] >= 0)
         self._top_k[row] = 0
 
-    def sample(self, logits: Tensor, rows: npt.ArrayLike, logits_index: npt.ArrayLike | None = None) -> Sampled:
+    def sample(self, logits: Floats, rows: npt.ArrayLike, logits_index: npt.ArrayLike | None = None) -> Sampled:
         """Draws the next token of each row, and advances the rows that drew.
 
         Args:
-            logits: [num_logits, vocab_size] float32 on the CPU; read only.
+            logits: [num_logits, vocab_size] float32; read only.
             rows: [num_rows] distinct rows that have joined.
             logits_index: [num_rows], which row of `logits` each row draws from (the choices of one prompt share
                 theirs); None is the identity.
@@ -138,8 +133,8 @@ class SamplerState:
         source = logits_index
         if not (source is None or isinstance(source, np.ndarray)):
             source = np.asarray(source, dtype=np.int64)
-        if logits.stride()[-1] != 1:
-            logits = logits.contiguous()
+        if logits.strides[-1] != logits.itemsize:
+            logits = np.ascontiguousarray(logits)
         penalised = self._penalties.in_use
         draw = self._draw_edited if penalised or self._edits.in_use else self._draw
         tokens, num_bad = draw(logits, row, source)
@@ -154,14 +149,14 @@ class SamplerState:
         logprobs = self._logprobs(logits, row, source, tokens) if self._num_asking else None
         return Sampled(tokens, logprobs, bad, reasons)
 
-    def _draw(self, logits: Tensor, rows: Index, source: Index | None) -> tuple[Tokens, int]:
+    def _draw(self, logits: Floats, rows: Index, source: Index | None) -> tuple[Tokens, int]:
         """For rows without edits: tokens [num_rows], BROKEN for a bad row, and how many those are."""
         tokens, num_bad = self._drawer(logits, rows, source)
         if num_bad:
             np.maximum(tokens, BROKEN, out=tokens)  # a model that rules out every token
         return tokens, num_bad
 
-    def _draw_edited(self, logits: Tensor, rows: Index, source: Index | None) -> tuple[Tokens, int]:
+    def _draw_edited(self, logits: Floats, rows: Index, source: Index | None) -> tuple[Tokens, int]:
         """For any rows: tokens [num_rows], BROKEN or, where edits leave nothing, EMPTY, and how many those are."""
         if source is None:
             source = np.arange(len(rows))
@@ -174,17 +169,18 @@ class SamplerState:
         for start in range(0, len(edited), len(self._copies)):
             part = edited[start : start + len(self._copies)]
             row = rows[part]
-            x = torch.index_select(logits, 0, torch.from_numpy(source[part]), out=self._copies[: len(part)])
+            x = self._copies[: len(part)]
+            np.take(logits, source[part], axis=0, out=x, mode="clip")  # as checked; "raise" would copy them twice
             # Edits may hide a NaN, but a model that gave one is not to be trusted on the rest of the row.
-            broken = ~np.isfinite(ops.block_maxima(x, backends=self._backends).max(axis=1))
-            self._edits.apply(x.numpy(), row, self._position[row])
-            self._penalties.apply(x.numpy(), row)
-            x.numpy()[broken] = np.nan
+            broken = ~np.isfinite(x.max(axis=1))
+            self._edits.apply(x, row, self._position[row])
+            self._penalties.apply(x, row)
+            x[broken] = np.nan
             tokens[part], more_bad = self._drawer(x, row)
             num_bad += more_bad
         return tokens, num_bad
 
-    def _logprobs(self, logits: Tensor, rows: Index, source: Index | None, tokens: Tokens) -> LogprobColumns | None:
+    def _logprobs(self, logits: Floats, rows: Index, source: Index | None, tokens: Tokens) -> LogprobColumns | None:
         asked = np.flatnonzero((self._num_logprobs[rows] >= 0) & (tokens >= 0))
         if not len(asked):
             return None

@@ -2,20 +2,19 @@
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-from millrace.kernels import ops, torch_sampling
+from millrace.kernels import host_sampling, numpy_sampling
+from millrace.kernels.sampling import Floats
 from millrace.runtime.messages import LogprobColumns
 
-Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-def token_logprobs(logits: Tensor, index: Ints, logits_index: Ints, tokens: Ints, num_top: Ints) -> LogprobColumns:
+def token_logprobs(logits: Floats, index: Ints, logits_index: Ints, tokens: Ints, num_top: Ints) -> LogprobColumns:
     """Log-softmax at the given tokens, and its largest entries.
 
     Args:
-        logits: [num_logits, vocab] float32 on the CPU, without NaN in the rows used.
+        logits: [num_logits, vocab] float32, without NaN in the rows used.
         index: [n], handed through to the columns.
         logits_index: [n], row of `logits` of each entry.
         tokens: [n], ids whose log probability is wanted.
@@ -27,20 +26,19 @@ def token_logprobs(logits: Tensor, index: Ints, logits_index: Ints, tokens: Ints
     logprobs = np.empty(count, dtype=np.float32)
     top_ids = np.full((count, max_top), -1, dtype=np.int32)
     top_logprobs = np.full((count, max_top), -np.inf, dtype=np.float32)
-    chunk = max(1, torch_sampling.CHUNK_ELEMENTS // vocab)
+    chunk = max(1, numpy_sampling.CHUNK_ELEMENTS // vocab)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
-        x = torch_sampling.gather(logits, logits_index[part])
-        values, rows = x.numpy(), np.arange(len(x))
-        maxima = ops.block_maxima(x)
+        x = numpy_sampling.gather(logits, logits_index[part])
+        maxima = host_sampling.block_maxima(x)
         row_max = maxima.max(axis=1)
-        mass = ops.block_sums(x, row_max).cumsum(axis=1, dtype=np.float64)[:, -1]
+        mass = host_sampling.block_sums(x, row_max).cumsum(axis=1, dtype=np.float64)[:, -1]
         normaliser = row_max + np.log(mass)  # [rows] float64
-        logprobs[part] = values[rows, tokens[part]] - normaliser
+        logprobs[part] = x[np.arange(len(x)), tokens[part]] - normaliser
         if max_top == 0:
             continue
-        bound = torch_sampling.kth_block_maximum(maxima, np.maximum(num_top[part], 1))
-        ids, best = torch_sampling.candidates(values, maxima, bound)
+        bound = numpy_sampling.kth_block_maximum(maxima, np.maximum(num_top[part], 1))
+        ids, best = numpy_sampling.candidates(x, maxima, bound)
         width = min(max_top, ids.shape[1])
         wanted = (np.arange(width) < num_top[part][:, None]) & (ids[:, :width] >= 0)
         found[part] = wanted.sum(axis=1)
@@ -55,11 +53,11 @@ def token_logprobs(logits: Tensor, index: Ints, logits_index: Ints, tokens: Ints
     )
 
 
-def prompt_logprobs(logits: Tensor, next_tokens: npt.ArrayLike, k: int) -> LogprobColumns:
+def prompt_logprobs(logits: Floats, next_tokens: npt.ArrayLike, k: int) -> LogprobColumns:
     """Log probabilities of the prompt tokens that follow each position.
 
     Args:
-        logits: [num_tokens, vocab] float32 on the CPU.
+        logits: [num_tokens, vocab] float32.
         next_tokens: [num_tokens], the token that stands after each position.
         k: alternatives to report for each.
 
@@ -71,7 +69,7 @@ def prompt_logprobs(logits: Tensor, next_tokens: npt.ArrayLike, k: int) -> Logpr
     count = len(tokens)
     if count != logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows of logits need as many next_tokens, but {count} were given")
-    sound = np.flatnonzero(np.isfinite(ops.block_maxima(logits).max(axis=1)))
+    sound = np.flatnonzero(np.isfinite(logits.max(axis=1)))
     columns = token_logprobs(logits, sound, sound, tokens[sound], np.full(len(sound), k))
     if len(sound) == count:
         return columns

@@ -1,5 +1,6 @@
-"""Backends to test: torch, and the C++ library built for this CPU and for narrower vectors."""
+"""What to test: torch and numpy, and the C++ library built for this CPU and for narrower vectors."""
 
+import ctypes
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from millrace.kernels.arguments import Backend
 from millrace.kernels.cpu_backend import CpuBackend
 from millrace.kernels.cpu_build import FLAGS, Toolchain, build_library, find_compiler
 from millrace.kernels.cpu_library import load_library
+from millrace.kernels.cpu_sampling import CpuSampling
+from millrace.kernels.numpy_sampling import NumpySampling
+from millrace.kernels.sampling import Sampling
 from millrace.kernels.torch_backend import TorchBackend
 
 TARGETS = {"native": "native", "avx2": "haswell", "sse2": "x86-64"}
@@ -34,7 +38,7 @@ def cache_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Path(cache.mkdir("millrace-cpu")) if cache is not None else tmp_path_factory.mktemp("kernel-cache")
 
 
-def cpu_backend(cache_dir: Path, target: str) -> CpuBackend:
+def cpu_library(cache_dir: Path, target: str) -> ctypes.CDLL:
     if find_compiler() is None:
         pytest.skip("no C++ compiler")
     if target != "native" and platform.machine() != "x86_64":
@@ -43,15 +47,26 @@ def cpu_backend(cache_dir: Path, target: str) -> CpuBackend:
         pytest.skip("this CPU has no AVX2")
     flags = [flag.replace("native", TARGETS[target]) for flag in FLAGS]
     with FileLock(cache_dir / f"{target}.lock"):  # another worker of this run may be building it
-        return CpuBackend(load_library(build_library(Toolchain(cache_dir=cache_dir, flags=flags))))
+        return load_library(build_library(Toolchain(cache_dir=cache_dir, flags=flags)))
 
 
 @pytest.fixture(scope="session", params=["torch", "native", *NARROW])
 def backend(request: pytest.FixtureRequest, cache_dir: Path) -> Backend:
-    return TorchBackend() if request.param == "torch" else cpu_backend(cache_dir, request.param)
+    return TorchBackend() if request.param == "torch" else CpuBackend(cpu_library(cache_dir, request.param))
 
 
 @pytest.fixture(scope="session", params=["native", *NARROW])
 def compiled(request: pytest.FixtureRequest, cache_dir: Path) -> Backend:
     """The C++ backends alone, for what only they promise."""
-    return cpu_backend(cache_dir, request.param)
+    return CpuBackend(cpu_library(cache_dir, request.param))
+
+
+@pytest.fixture(scope="session", params=["numpy", "native", *NARROW])
+def sampling(request: pytest.FixtureRequest, cache_dir: Path) -> Sampling:
+    return NumpySampling() if request.param == "numpy" else CpuSampling(cpu_library(cache_dir, request.param))
+
+
+@pytest.fixture(scope="session", params=["native", *NARROW])
+def compiled_sampling(request: pytest.FixtureRequest, cache_dir: Path) -> Sampling:
+    """Sampling in C++ alone, for what only it promises."""
+    return CpuSampling(cpu_library(cache_dir, request.param))

@@ -7,6 +7,7 @@ import pytest
 
 NEVER = {  # each takes a second or more, but numpy
     "millrace.runtime.app": ("torch._dynamo", "cupy", "transformers"),
+    "millrace.runtime.sampling": ("torch",),  # on the host all of it is numpy and C++
     "millrace.runtime.cli": ("torch", "numpy", "aiohttp", "transformers"),  # `millrace --help`
 }
 

@@ -89,7 +89,7 @@ def edits_case(launcher: ShimLauncher) -> None:
     output: list[list[int]] = [list(OUTPUT) for _ in settings]
     for _ in range(3):
         tokens, codes = run.step(fenced(logits))
-        drawn = cpu.sample(logits, range(len(settings)))
+        drawn = cpu.sample(logits.numpy(), range(len(settings)))
         assert tokens == drawn.tokens.tolist()
         assert codes == [NOTHING_LEFT if one.allowed == [] else 0 for one in settings]
         for row, (one, token) in enumerate(zip(settings, tokens, strict=True)):
@@ -118,7 +118,7 @@ def broken_case(launcher: ShimLauncher) -> None:
     assert codes == [*broken, 0]
     assert tokens[:8] == [-1] * 8 and tokens[8] == int(logits[8].argmax())
     assert [int(run.tables.record(row)["position"]) for row in range(9)] == [0] * 8 + [1]
-    drawn = cpu_sampler(settings, 500, [], []).sample(logits, range(9))
+    drawn = cpu_sampler(settings, 500, [], []).sample(logits.numpy(), range(9))
     assert drawn.bad_rows.tolist() == list(range(8))
     for reason, code in zip(drawn.bad_reasons, broken, strict=True):
         assert reason.startswith(CODES[code])
@@ -146,7 +146,7 @@ def filtered_case(launcher: ShimLauncher, vocab: int = 64 * BLOCK - 60, steps: i
     run, cpu = Rows(launcher, vocab, FILTERED), cpu_sampler(FILTERED, vocab, [], [])
     for _ in range(steps):
         tokens, codes = run.step(fenced(logits))
-        assert tokens == cpu.sample(logits, range(len(FILTERED))).tokens.tolist()
+        assert tokens == cpu.sample(logits.numpy(), range(len(FILTERED))).tokens.tolist()
         assert codes == [0] * len(FILTERED)
         logits = logits.roll(1, 1)
 

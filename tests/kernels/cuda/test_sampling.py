@@ -154,7 +154,7 @@ def test_many_settings_at_once(launcher: ShimLauncher) -> None:
     for step in range(2):
         tokens, codes = run.step(fenced(logits))
         assert codes == [0] * len(settings)
-        wanted = cpu.sample(logits, range(len(settings))).tokens.tolist()
+        wanted = cpu.sample(logits.numpy(), range(len(settings))).tokens.tolist()
         for row, one in enumerate(settings):
             if step == 0:
                 relaxed = one._replace(top_p=min(1.0, one.top_p + 1e-4), min_p=one.min_p * 0.9999)

@@ -309,7 +309,7 @@ def test_log_probabilities_equal_those_of_the_cpu(num_top: int) -> None:
     logits[7, ::2] = 0.0
     tokens = torch.randint(0, 300, (21,))
     tokens[4] = 299
-    want = prompt_logprobs(logits, tokens.numpy(), num_top)
+    want = prompt_logprobs(logits.numpy(), tokens.numpy(), num_top)
     values, ids = (tensor.numpy() for tensor in log_probabilities(logits, tokens, num_top))
     np.testing.assert_allclose(values[:, 0], want.logprobs, rtol=1e-5, atol=1e-5)
     found = np.isfinite(values[:, 1:])

@@ -131,7 +131,7 @@ def test_all_layers_in_one_call_have_the_bits_of_the_ops_one_by_one(
         by_ops = random_model(STACKS[name], seed=3, kv=KV[kv])
     if default_backend_is_torch():
         pytest.skip("NO C++ KERNELS HERE, SO ALL LAYERS IN ONE CALL ARE NOT TESTED: install g++")
-    assert stacked._stack is not None and by_ops._stack is None
+    assert stacked.stack is not None and by_ops.stack is None
     pairs = [PagedSequences(model, 3, 200) for model in (stacked, by_ops)]
     prompts = {seq: random_tokens(size, seed=seq, vocab_size=97) for seq, size in enumerate((1, 33, 150))}
     for tokens in (prompts, {0: [5], 2: [7, 8, 9]}, {0: [1], 1: [2], 2: [3]}):

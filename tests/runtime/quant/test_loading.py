@@ -62,9 +62,9 @@ def test_all_layers_in_one_call_take_rounded_matrices(method: Method) -> None:
     if ops.default_backends()[0].name == "torch":
         pytest.skip("NO C++ KERNELS HERE, SO ROUNDED MATRICES IN ONE CALL ARE NOT TESTED: install g++")
     rounded = random_model(CONFIG, seed=5, quantize=Quantization(method=method, group_size=32))
-    assert rounded._stack is not None
+    assert rounded.stack is not None
     whole = logits(rounded)
-    rounded._stack = None
+    rounded.stack = None
     assert torch.equal(logits(rounded), whole)
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from millrace.kernels import cpu_build, dispatch
-from millrace.kernels.arguments import Backend
-from millrace.kernels.cpu_backend import CpuBackend
+from millrace.kernels import cpu_build, host_sampling
 from millrace.kernels.cpu_library import load_library
-from millrace.kernels.torch_backend import TorchBackend
+from millrace.kernels.cpu_sampling import CpuSampling
+from millrace.kernels.numpy_sampling import NumpySampling
+from millrace.kernels.sampling import Sampling
 from millrace.runtime.types import SamplingParams
 
 
@@ -84,15 +84,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", params=["torch", "cpu"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "torch":
-        return TorchBackend()
+@pytest.fixture(scope="session", params=["numpy", "cpu"])
+def sampling(request: pytest.FixtureRequest) -> Sampling:
+    if request.param == "numpy":
+        return NumpySampling()
     if cpu_build.find_compiler() is None:
         pytest.skip("no C++ compiler")
-    return CpuBackend(load_library(cpu_build.build_library(cpu_build.Toolchain())))
+    return CpuSampling(load_library(cpu_build.build_library(cpu_build.Toolchain())))
 
 
 @pytest.fixture(autouse=True)
-def default_backend(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "default_backends", lambda: (backend,))
+def default_sampling(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_sampling, "default_sampling", lambda: sampling)

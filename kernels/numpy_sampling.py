@@ -1,8 +1,9 @@
-"""Sampling in torch and numpy: the ops of `sampling`, and the arithmetic of drawing.
+"""Sampling in numpy alone, for where the C++ library is not built.
 
 Every function is batch-invariant: what it computes for a row is bit-identical in whatever batch, and at whatever place,
-the row stands. Maxima and comparisons are exact in any order. Sums are folds of elementwise additions, or running sums
-along one row, so that their order stands in this file and is not a library's choice by shape.
+the row stands. Maxima and comparisons are exact in any order. numpy's elementwise functions, exp among them, give the
+same bits at every place of an array. Sums are folds of elementwise additions, or running sums along one row, so that
+their order stands in this file and is not a library's choice by shape.
 
 The vocabulary is cut in two ways. Maxima are over BLOCK *neighbouring* ids, so that the few blocks that can hold a
 likely token are read again in one piece. Weights are summed over BLOCK ids that lie num_blocks *apart*, because a fold
@@ -14,17 +15,23 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from millrace.kernels.arguments import BROKEN, EMPTY, LOGIT_BLOCK, TokenDrawer
 from millrace.kernels.philox import uniforms
+from millrace.kernels.sampling import (
+    BROKEN,
+    EMPTY,
+    LOGIT_BLOCK,
+    Floats,
+    Index,
+    Sampling,
+    Settings,
+    TokenDrawer,
+    Tokens,
+    num_blocks,
+)
 
-Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-Settings = npt.NDArray[np.void]  # of DRAW_DTYPE
 Number = TypeVar("Number", bound=np.generic)
 
 BLOCK = LOGIT_BLOCK
@@ -34,15 +41,30 @@ _LOWEST = np.finfo(np.float32).min  # a threshold that all finite logits pass an
 _scratch = threading.local()  # a place for weights: fresh pages for each step would cost more than the step
 
 
-class TorchDrawer(TokenDrawer):
+class NumpySampling(Sampling):
+    name = "numpy"
+
+    def block_maxima(self, logits: Floats) -> Floats:
+        return block_maxima(logits)
+
+    def block_sums(self, logits: Floats, row_max: Floats) -> Floats:
+        sums = np.empty((len(logits), num_blocks(logits.shape[1])), dtype=np.float32)
+        chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        for start in range(0, len(logits), chunk):
+            part = slice(start, start + chunk)
+            sums[part] = softmax_weights(logits[part], row_max[part], np.ones(len(row_max[part])))[1]
+        return sums
+
+    def token_drawer(self, table: Settings, vocab: int) -> TokenDrawer:
+        return NumpyDrawer(table, vocab)
+
+
+class NumpyDrawer(TokenDrawer):
     """Rows are handled some at a time, so that passes over their logits hit the cache."""
 
-    def __call__(
-        self, logits: Tensor, rows: npt.NDArray[np.signedinteger], source: npt.NDArray[np.signedinteger] | None = None
-    ) -> tuple[npt.NDArray[np.int32], int]:
+    def __call__(self, logits: Floats, rows: Index, source: Index | None = None) -> tuple[Tokens, int]:
         index = np.arange(len(rows)) if source is None else source
         self.check(logits, rows, index)
-        index = index.astype(np.int64)
         settings = self.table[rows]
         uniform = np.zeros(len(rows))
         if not settings["greedy"].all():
@@ -56,23 +78,18 @@ class TorchDrawer(TokenDrawer):
         return tokens, int((tokens < 0).sum())
 
 
-def _draw_chunk(x: Tensor, settings: Settings, uniform: Doubles) -> Ints:
-    maxima = block_maxima(x)
-    row_max = maxima.max(axis=1)
-    tokens = np.where(np.isneginf(row_max), EMPTY, BROKEN)
+def _draw_chunk(x: Floats, settings: Settings, uniform: Doubles) -> Ints:
+    best = x.argmax(axis=1)  # the lowest id on ties; the first NaN, if there is one
+    row_max = x[np.arange(len(x)), best]
     good, is_greedy = np.isfinite(row_max), settings["greedy"] != 0
-    greedy = np.flatnonzero(good & is_greedy)
-    if len(greedy):
-        tokens[greedy] = argmax(_pick(greedy, x.numpy()), _pick(greedy, maxima))
+    tokens = np.where(np.isneginf(row_max), EMPTY, np.where(good, best, BROKEN))
     random = np.flatnonzero(good & ~is_greedy)
     if len(random):
-        tokens[random] = _draw_random(
-            gather(x, random), _pick(random, maxima), row_max[random], settings[random], uniform[random]
-        )
+        tokens[random] = _draw_random(gather(x, random), row_max[random], settings[random], uniform[random])
     return tokens
 
 
-def _draw_random(x: Tensor, maxima: Floats, row_max: Floats, settings: Settings, uniform: Doubles) -> Ints:
+def _draw_random(x: Floats, row_max: Floats, settings: Settings, uniform: Doubles) -> Ints:
     vocab = x.shape[1]
     temperature, top_k, top_p, min_p = (settings[name] for name in ("temperature", "top_k", "top_p", "min_p"))
     cut = (top_k < vocab) | (min_p > 0.0)
@@ -86,20 +103,22 @@ def _draw_random(x: Tensor, maxima: Floats, row_max: Floats, settings: Settings,
         mass[full] = sums.cumsum(axis=1)[:, -1]
         free = np.flatnonzero(top_p[full] >= 1.0)
         if len(free):
-            tokens[full[free]] = draw_from_weights(_pick(free, weights), _pick(free, sums), uniform[full[free]])
+            tokens[full[free]] = draw_from_weights(gather(weights, free), gather(sums, free), uniform[full[free]])
 
     filtered = np.flatnonzero(cut | (top_p < 1.0))
     if not len(filtered):
         return tokens
+    rows = gather(x, filtered)
+    maxima = block_maxima(rows)
     # top_p alone is tried on a few of the most likely ids: few enough that most blocks drop out, or all where sorting
     # them costs no more than looking again.
     first = min(num_blocks(vocab) // 4, 256) if num_blocks(vocab) > 16 else vocab
-    bound = kth_block_maximum(maxima, np.where(top_k < vocab, top_k, first))
-    by_min_p = reach(row_max, temperature, min_p)
+    bound = kth_block_maximum(maxima, np.where(top_k < vocab, top_k, first)[filtered])
+    by_min_p = reach(row_max[filtered], temperature[filtered], min_p[filtered])
     # min_p alone is decided by a weight; beside top_k, the tighter of both bounds holds all that is kept.
-    only_min_p = (min_p > 0.0) & (top_k >= vocab)
+    only_min_p = ((min_p > 0.0) & (top_k >= vocab))[filtered]
     bound = np.where(only_min_p, by_min_p, np.maximum(bound, by_min_p))
-    ids, values = candidates(_pick(filtered, x.numpy()), _pick(filtered, maxima), bound[filtered])
+    ids, values = candidates(rows, maxima, bound)
     tokens[filtered], enough = draw_filtered(
         ids,
         values,
@@ -113,58 +132,24 @@ def _draw_random(x: Tensor, maxima: Floats, row_max: Floats, settings: Settings,
     )
     for one in filtered[~enough]:
         weight = weights[np.searchsorted(full, one), :vocab]
-        tokens[one] = draw_from_nucleus(weight, x[one].numpy(), float(top_p[one]), float(uniform[one]))
+        tokens[one] = draw_from_nucleus(weight, x[one], float(top_p[one]), float(uniform[one]))
     return tokens
 
 
-def _pick(places: Ints, array: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """The given rows, in order, without a copy where that is all of them."""
-    return array if len(places) == len(array) else array[places]
-
-
-def gather(logits: Tensor, index: Ints) -> Tensor:
-    """Rows of the logits: [len(index), vocab]; a view where they are neighbours."""
+def gather(array: npt.NDArray[Number], index: Index) -> npt.NDArray[Number]:
+    """Rows of an array [rows, width]: [len(index), width]; a view where they are neighbours in order."""
     if len(index) > 0 and bool((np.diff(index) == 1).all()):
-        return logits[index[0] : index[-1] + 1]
-    return logits.index_select(0, torch.from_numpy(index))
+        return array[index[0] : index[-1] + 1]
+    return array[index]
 
 
-def block_maxima(logits: Tensor) -> Floats:
-    """Maxima over neighbouring ids: [rows, vocab] to [rows, ceil(vocab / BLOCK)]. A NaN makes its block NaN."""
-    rows, vocab = logits.shape
-    whole = vocab // BLOCK
-    maxima = torch.empty(rows, num_blocks(vocab), dtype=torch.float32)
-    if whole:
-        maxima[:, :whole] = logits[:, : whole * BLOCK].reshape(rows, whole, BLOCK).amax(dim=2)
-    if whole * BLOCK < vocab:
-        maxima[:, whole] = logits[:, whole * BLOCK :].amax(dim=1)
-    return maxima.numpy()
+def block_maxima(logits: Floats) -> Floats:
+    """Maxima over neighbouring ids: [rows, vocab] to [rows, num_blocks]. A NaN makes its block NaN."""
+    maxima: Floats = np.maximum.reduceat(logits, np.arange(0, logits.shape[1], BLOCK), axis=1)
+    return maxima
 
 
-def num_blocks(vocab: int) -> int:
-    return -(-vocab // BLOCK)
-
-
-def argmax(logits: Floats, maxima: Floats) -> Ints:
-    """The most likely id of each row, the lowest one on ties: [rows]."""
-    block = maxima.argmax(axis=1)
-    ids = np.minimum(block[:, None] * BLOCK + np.arange(BLOCK), logits.shape[1] - 1)  # [rows, BLOCK]
-    rows = np.arange(len(ids))
-    token: Ints = ids[rows, logits[rows[:, None], ids].argmax(axis=1)]
-    return token
-
-
-def block_sums(logits: Tensor, row_max: Floats) -> Floats:
-    """See `sampling.block_sums`."""
-    sums = np.empty((len(logits), num_blocks(logits.shape[1])), dtype=np.float32)
-    chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), chunk):
-        part = slice(start, start + chunk)
-        sums[part] = softmax_weights(logits[part], row_max[part], np.ones(len(row_max[part])))[1]
-    return sums
-
-
-def softmax_weights(logits: Tensor, row_max: Floats, temperature: Doubles) -> tuple[Floats, Doubles]:
+def softmax_weights(logits: Floats, row_max: Floats, temperature: Doubles) -> tuple[Floats, Doubles]:
     """Unnormalised probabilities exp((logit - max) / temperature), and their sums over blocks.
 
     Args:
@@ -178,18 +163,20 @@ def softmax_weights(logits: Tensor, row_max: Floats, temperature: Doubles) -> tu
     """
     rows, vocab = logits.shape
     width = num_blocks(vocab) * BLOCK
-    if not hasattr(_scratch, "weights") or _scratch.weights.numel() < rows * width:
-        _scratch.weights = torch.empty(rows * width)
-    padded: Tensor = _scratch.weights[: rows * width].view(rows, width)
+    if not hasattr(_scratch, "weights") or _scratch.weights.size < rows * width:
+        _scratch.weights = np.empty(rows * width, dtype=np.float32)
+    padded: Floats = _scratch.weights[: rows * width].reshape(rows, width)
     weights = padded[:, :vocab]
-    torch.sub(logits, torch.from_numpy(row_max)[:, None], out=weights)
-    weights.mul_(torch.from_numpy((1.0 / temperature).astype(np.float32))[:, None]).exp_()
+    with np.errstate(over="ignore"):  # below the range of float32 lies -inf, whose weight is 0
+        np.subtract(logits, row_max[:, None], out=weights)
+        weights *= (1.0 / temperature).astype(np.float32)[:, None]
+    np.exp(weights, out=weights)
     padded[:, vocab:] = 0.0
     sums = padded
     while width > num_blocks(vocab):
         width //= 2
         sums = sums[:, :width] + sums[:, width : 2 * width]
-    return padded.numpy(), sums.numpy().astype(np.float64)
+    return padded, sums.astype(np.float64)
 
 
 def draw_from_weights(weights: Floats, sums: Doubles, uniform: Doubles) -> Ints:
