@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import sys
+from importlib import import_module
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -32,9 +33,9 @@ class _Bar:
 
 
 async def serve(args: argparse.Namespace, config: Config) -> int:
-    # The server is imported where it is served: the other commands, and programs that embed the runtime, need no HTTP.
-    from millrace.server.app import serve as serve_http
-
+    # The server is imported where it is served, since other commands and programs that embed the runtime need no HTTP:
+    # in a thread, while weights are read.
+    importing = asyncio.create_task(asyncio.to_thread(import_module, "millrace.server.app"))
     runtime = Runtime(config=config, progress=_Bar())
     async with runtime:
         _describe(runtime)
@@ -42,7 +43,7 @@ async def serve(args: argparse.Namespace, config: Config) -> int:
         def ready(url: str) -> None:
             _err.print(f"\n  chat page  [bold]{url}/[/]\n  API        {url}/v1\n", highlight=False)
 
-        await serve_http(runtime, on_ready=ready)
+        await (await importing).serve(runtime, on_ready=ready)
     return 0
 
 
