@@ -1,11 +1,12 @@
-"""From the start of Python to a runtime that serves, with `millrace build` and without, taking turns.
+"""From the start of a process until it serves, with `millrace build` and without, taking turns.
 
     python bench/start.py [--checkpoint FOLDER] [--quantize none int8 int4] [--rounds 3] [--json FILE]
 
 Without --checkpoint a random one of the Qwen2.5-0.5B shape is made, with grist's tokenizer. Each start is a process
-of its own, over files that are in the page cache. The table gives the seconds of `import torch`, which is the floor,
-and as multiples of it: all other imports; then until the runtime serves, without a build and with one; and the whole
-with a build. Last, how many times sooner than without a build that is.
+of its own, over files that are in the page cache; the clock runs from before it is spawned until it says that it is
+ready. A runtime is a program with `async with Runtime(...)`, a server is `millrace serve`. The table gives the seconds
+of a process that does nothing but `import torch`, which is what machines differ in, and of each start; as multiples of
+that import; and how many times sooner than without a build.
 """
 
 import argparse
@@ -15,42 +16,65 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from millrace.runtime.weights.resolve import resolve_model
 from millrace.runtime.weights.synthetic import write_random_checkpoint
 
-_CHILD = """
-import time
-begun = time.perf_counter()
-import torch
-torch_imported = time.perf_counter()
-import asyncio, json, sys
-import millrace.runtime.app
-imported = time.perf_counter()
+_RUNTIME = """
+import asyncio, sys
+from millrace.runtime import Runtime
 async def main():
-    options = {"model__quantize": sys.argv[2], "model__build": sys.argv[3], "log__level": "error"}
-    runtime = millrace.runtime.app.Runtime(sys.argv[1], **options)
-    await runtime.start()
-    print(json.dumps([torch_imported - begun, imported - torch_imported, time.perf_counter() - imported]))
-    await runtime.close()
+    async with Runtime(sys.argv[1], model__quantize=sys.argv[2], model__build=sys.argv[3], log__level="error"):
+        print("ready", flush=True)
 asyncio.run(main())
 """
+_LIMIT_S = 600
 
 
 class Start(NamedTuple):
-    """Seconds of the parts of one start."""
+    """Seconds of one round."""
 
     torch: float
-    imports: float
-    ready: float
+    runtime: float
+    runtime_with_build: float
+    server: float
+    server_with_build: float
 
 
-def start(model: Path, quantize: str, build: str) -> Start:
-    command = [sys.executable, "-c", _CHILD, str(model), quantize, build]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    return Start(*json.loads(done.stdout.splitlines()[-1]))
+def until(command: list[str], sign: str) -> float:
+    """Seconds until the process says `sign`, in a line of its own or as part of one; it is ended then."""
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        watch = threading.Timer(_LIMIT_S, process.kill)
+        watch.start()
+        assert process.stdout is not None
+        said = []
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if sign in line:
+                    return time.perf_counter() - started
+        finally:
+            watch.cancel()
+            process.terminate()
+            process.communicate()
+    raise SystemExit(f"{' '.join(command)} was never ready:\n{''.join(said)}")
+
+
+def one_round(model: Path, quantize: str, build: Path) -> Start:
+    python = [sys.executable, "-c"]
+    serve = [sys.executable, "-m", "millrace.runtime", "serve", str(model), "--port", "0", "--quantize", quantize]
+    return Start(
+        until([*python, "import torch; print('ready', flush=True)"], "ready"),
+        until([*python, _RUNTIME, str(model), quantize, ""], "ready"),
+        until([*python, _RUNTIME, str(model), quantize, str(build)], "ready"),
+        until(serve, "chat page"),
+        until([*serve, "--build", str(build)], "chat page"),
+    )
 
 
 def build(model: Path, folder: Path, quantize: str) -> None:
@@ -73,21 +97,21 @@ def main() -> None:
             write_random_checkpoint(model, "qwen2.5-0.5b", dtype="bfloat16")
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(resolve_model().path / name, model)
-        print(f"{'':6} {'torch s':>9} {'imports':>9} {'start':>9} {'with build':>12} {'whole':>9} {'sooner':>9}")
+        print(f"{'':6}" + "".join(f" {name:>18}" for name in Start._fields) + "   (seconds, and multiples of torch)")
         for quantize in args.quantize:
             folder = Path(scratch) / quantize
             build(model, folder, quantize)
-            rounds = [(start(model, quantize, ""), start(model, quantize, str(folder))) for _ in range(args.rounds)]
-            results[quantize] = [{"without": plain._asdict(), "with": built._asdict()} for plain, built in rounds]
-            torch = statistics.median(one.torch for pair in rounds for one in pair)
-            imports = statistics.median(one.imports / one.torch for pair in rounds for one in pair)
-            plain, ready = (statistics.median(pair[i].ready / pair[i].torch for pair in rounds) for i in (0, 1))
-            whole = statistics.median(sum(built) / built.torch for _, built in rounds)
-            sooner = statistics.median(sum(plain) / sum(built) for plain, built in rounds)
-            print(
-                f"{quantize:6} {torch:9.2f} {imports:8.2f}x {plain:8.2f}x {ready:11.2f}x {whole:8.2f}x {sooner:8.2f}x",
-                flush=True,
-            )
+            one_round(model, quantize, folder)  # files come into the page cache
+            rounds = [one_round(model, quantize, folder) for _ in range(args.rounds)]
+            results[quantize] = [start._asdict() for start in rounds]
+            cells = []
+            for name in Start._fields:
+                seconds = statistics.median(getattr(start, name) for start in rounds)
+                ratio = statistics.median(getattr(start, name) / start.torch for start in rounds)
+                cells.append(f"{seconds:8.2f} s {ratio:6.2f}x")
+            sooner = statistics.median(start.runtime / start.runtime_with_build for start in rounds)
+            served = statistics.median(start.server / start.server_with_build for start in rounds)
+            print(f"{quantize:6} {'  '.join(cells)}   sooner: {sooner:.2f}x, {served:.2f}x", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
