@@ -17,6 +17,8 @@ from millrace.runtime.lanes import Lanes
 from millrace.runtime.log import make_logger
 from millrace.runtime.messages import SwapPlan
 from millrace.runtime.models.base import ForwardBatch, ModelSpec
+from millrace.runtime.models.decoder import DecoderModel
+from millrace.runtime.models.host import host_model
 from millrace.runtime.plan import MemoryPlan
 from millrace.runtime.text.chat import ChatTemplate
 from millrace.runtime.text.tokenizer import Tokenizer
@@ -166,6 +168,8 @@ async def engine(
     lanes = None
     if gpu is not None:
         device, lanes = await gpu(world, model, plan, config)
+    elif isinstance(model, DecoderModel):
+        model = host_model(model)
     device = device or (NullDevice(world) if null_device else CpuDevice(world, 1))
     made = Engine(
         config=config,

@@ -221,7 +221,8 @@ async def test_a_start_that_is_refused_leaves_no_thread(shim: ShimLauncher) -> N
 
 async def test_keys_are_of_16_bits_or_of_8_for_some_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher: Any = SimpleNamespace(device_type="cpu", sm_count=1)  # nothing gets so far as to launch a kernel
-    monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
+    monkeypatch.setattr("millrace.runtime.app.has_driver", lambda: True)
+    monkeypatch.setattr("millrace.runtime.gpu.open_gpu", lambda config: Gpu(FakeDriver(), launcher))
     with pytest.raises(ConfigError, match=r"kv\.dtype is bfloat16, but on a GPU it must be auto"):
         await Runtime(kv__dtype="bfloat16").start()
     model: Any = LedgerModel()  # of a head size that no kernel has
@@ -252,7 +253,8 @@ async def test_a_runtime_on_a_gpu(
     """The embedded model from loading to close, in bfloat16 on the kernels."""
     driver = FakeDriver("random")
     gpu = Gpu(driver, CountingLauncher(shim, driver))
-    monkeypatch.setattr("millrace.runtime.app.open_gpu", lambda config: gpu)
+    monkeypatch.setattr("millrace.runtime.app.has_driver", lambda: True)
+    monkeypatch.setattr("millrace.runtime.gpu.open_gpu", lambda config: gpu)
     options = {"scheduler__max_num_seqs": 2, "scheduler__max_prefill_tokens": 32, "model__max_model_len": 128}
     async with Runtime(device__cuda_graphs=graphs, model__quantize=quantize, **options) as runtime:
         assert "a GPU that is none" in runtime.memory_plan.table()
