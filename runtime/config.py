@@ -39,7 +39,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Meta(ge=16, le=4096, description="inputs that share a scale with int4 and nf4; smaller is larger and truer"),
     ] = 64
     build: Annotated[
-        str, Meta(description="folder that `millrace build` made of this model, on the CPU; starts without torch; empty packs at each start")
+        str,
+        Meta(
+            description="folder that `millrace build` made of this model, on the CPU; starts without torch; empty packs at each start"
+        ),
     ] = ""
     random_weights: Annotated[
         str, Meta(description="run a named shape with random weights instead of a checkpoint, for measuring")

@@ -23,8 +23,9 @@ from millrace.runtime.types import ChatMessage
 
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
 
-# Noncharacters around control tokens in user text. They never reach the tokenizer.
-_OPEN, _CLOSE = "\ufdd2", "\ufdd3"
+# Noncharacters around control tokens in user text, and at an end of it that its surroundings could make one. They never
+# reach the tokenizer.
+_OPEN, _CLOSE, _BORDER = "\ufdd2", "\ufdd3", "\ufdd5"
 
 
 def _mark(char: str) -> str:
@@ -32,7 +33,7 @@ def _mark(char: str) -> str:
     return f"(?:{char}|\\\\u{ord(char):04x})"
 
 
-_ANY_MARK = re.compile(f"{_mark(_OPEN)}|{_mark(_CLOSE)}")
+_ANY_MARK = re.compile("|".join(map(_mark, (_OPEN, _CLOSE, _BORDER))))
 
 # Appended to a message that is to be continued; the space shows whether the template trims.
 _TAG = "\ufdd4 "
@@ -228,8 +229,8 @@ class _Marks:
         """The same value with marks in its strings."""
         if isinstance(value, str):
             text = _ANY_MARK.sub("", value)  # a forged mark could hide a control token of the template
-            head = _CLOSE if self._tokenizer.starts_inside_control(text) else ""
-            tail = _OPEN if self._tokenizer.ends_inside_control(text) else ""
+            head = _BORDER if self._tokenizer.starts_inside_control(text) else ""
+            tail = _BORDER if self._tokenizer.ends_inside_control(text) else ""
             return head + self._pattern.sub(rf"{_OPEN}\g<0>{_CLOSE}", text) + tail
         if isinstance(value, Mapping):
             return {key: self.mark(item) for key, item in value.items()}
@@ -263,8 +264,7 @@ class _Marks:
 
 
 def _marked(pattern: re.Pattern[str]) -> re.Pattern[str]:
-    start, end = _mark(_OPEN), _mark(_CLOSE)
-    return re.compile(f"{start}({pattern.pattern}){end}|{start}|{end}")
+    return re.compile(f"{_mark(_OPEN)}({pattern.pattern}){_mark(_CLOSE)}|{_ANY_MARK.pattern}")
 
 
 def _untouched(spans: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> list[bool]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -126,6 +126,7 @@ def test_continued_message_equals_transformers(chat: Chat, end: str) -> None:
 @given(
     contents=st.lists(st.text(st.sampled_from("ab<>|[]/\\ \n日😀"), min_size=1, max_size=12), min_size=1, max_size=3)
 )
+@example(contents=["<", ">"])  # with a token of the template alone between them
 def test_contents_that_end_like_control_tokens_equal_transformers(chat: Chat, contents: list[str]) -> None:
     # Most of these begin or end with a part of a control token, so they take the careful path.
     roles = ["user", "assistant", "user"]
