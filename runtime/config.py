@@ -41,7 +41,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     build: Annotated[
         str,
         Meta(
-            description="folder that `millrace build` made of this model, for a start without torch on the CPU; empty packs each time"
+            description="folder that `millrace build` made of this model, for a start without torch on the CPU; "
+            "empty packs each time"
         ),
     ] = ""
     random_weights: Annotated[
