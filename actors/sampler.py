@@ -27,6 +27,7 @@ from millrace.runtime.types import FinishReason, Lane
 from millrace.runtime.world import World
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
+_NO_ROWS = np.empty(0, dtype=np.int32)  # no step has this very object
 
 
 class Sampler:
@@ -58,7 +59,9 @@ class Sampler:
         self._streamer = streamer
         self._lane = lane
         # [max_rows]:
+        self._ones = np.ones(lane.max_rows, dtype=np.int32)
         rows = lane.max_rows
+        self._eos = frozenset(eos_token_ids)
         self._is_eos = np.zeros(lane.vocab_size, dtype=bool)  # [vocab_size]
         self._is_eos[list(eos_token_ids)] = True
         self._num_output = np.zeros(rows, dtype=np.int32)
@@ -66,6 +69,9 @@ class Sampler:
         self._stops_at_eos = np.zeros(rows, dtype=bool)
         self._ended = np.ones(rows, dtype=bool)
         self._stop_ids: dict[int, frozenset[int]] = {}  # row -> ids, for rows that have any
+        # Rows of a decode step of which none had ended, and how many more such steps none of them can end by length.
+        self._steady: Column = _NO_ROWS
+        self._steady_steps = 0
 
     async def run(self) -> None:
         while True:
@@ -106,12 +112,17 @@ class Sampler:
         rows, output = ready.rows, ready.output
         error: ErrorInfo | None = None
         finished: tuple[Finished, ...] = ()
-        counts: Column = np.zeros(len(rows), dtype=np.int32)
+        counts: Column = self._ones[: len(rows)]
         tokens: Column = _NO_TOKENS
         positions = self._num_output[rows]
         if output.error is not None:
             error = _step_error(output.error)
+            counts = np.zeros(len(rows), dtype=np.int32)
             self._ended[rows] = True
+            self._steady = _NO_ROWS
+        elif self._all_go_on(ready):
+            tokens = output.sampled.tokens
+            self._num_output[rows] = positions + 1
         elif len(rows):
             if output.failed:
                 self._ended[rows[[seq in output.failed for seq in ready.seqs]]] = True
@@ -121,6 +132,9 @@ class Sampler:
             tokens = output.sampled.tokens
             if len(finished) or not drawn.all():
                 tokens = tokens[drawn]
+            elif ready.lane is Lane.DECODE and not self._stop_ids:
+                self._steady = rows
+                self._steady_steps = int((self._max_new[rows] - self._num_output[rows]).min()) - 1
         return TokensSampled(
             lane=ready.lane,
             step=ready.step,
@@ -136,6 +150,22 @@ class Sampler:
             launched_at=launched_at,
             ready_at=self._world.now(),
         )
+
+    def _all_go_on(self, ready: LogitsReady) -> bool:
+        """Whether every row of the step drew a token that does not end it, as most steps are: told without the dozen
+        operations on columns of `_finish`, which are a visible part of a small model's step."""
+        if ready.rows is not self._steady or self._steady_steps < 1:
+            return False
+        output = ready.output
+        steady = (
+            not output.failed
+            and not len(output.sampled.bad_rows)
+            and self._eos.isdisjoint(output.sampled.tokens.tolist())
+        )
+        self._steady_steps -= 1
+        if not steady:
+            self._steady = _NO_ROWS
+        return steady
 
     def _finish(self, ready: LogitsReady, positions: Column, drawn: Column) -> tuple[Finished, ...]:
         """Finds the sequences that ended with this step; rows without a token of their own are cleared in `drawn`."""

@@ -82,6 +82,8 @@ class Scheduler:
         self._ready: list[Sequence] = []
         self._batch = DecodeBatch()
         self._num_paused = 0  # requests
+        self._quiet_rows = self._batch.rows  # for which `_quiet_steps` holds
+        self._quiet_steps = 0
         # Head of the queue, free rows and free blocks when it last found no room: nothing new, no new attempt.
         self._stuck: tuple[Sequence, int, int] | None = None
         self._deadlines: list[tuple[float, RequestId]] = []  # heap
@@ -132,7 +134,7 @@ class Scheduler:
     @property
     def num_launched(self) -> int:
         """Steps that have not reported."""
-        return sum(len(steps) for steps in self._launched.values())
+        return len(self._launched[Lane.PREFILL]) + len(self._launched[Lane.DECODE])
 
     def check(self) -> None:
         """Raises AssertionError unless blocks, rows and places are accounted for. For tests, and when idle."""
@@ -326,39 +328,51 @@ class Scheduler:
         self._prefill.send_nowait(plan)
 
     def _plan_decode(self) -> bool:
-        rows = self._rows
+        rows, batch = self._rows, self._batch
+        updates: list[Update] = []  # (row, first index, blocks)
+        copies: list[Copy] = []  # (for whom, source, target)
+        joined: list[Sequence] = []
+        if self._quiet_steps and batch.rows is self._quiet_rows and not self._ready and not self._num_paused:
+            self._quiet_steps -= 1
+        else:
+            self._settle_batch(updates)
+            joined = self._join_batch(updates, copies)
+        if not batch:
+            return False
+        present = [update for update in updates if batch.get(update[0]) is not None] if updates else updates
+        plan = decode_plan(self._next_step[Lane.DECODE], batch, joined, present, copies, rows)
+        copied = [source for _, source, _ in copies]
+        fills = bool(joined) or self._quiet_steps == 0
+        self._take_credit(Lane.DECODE, Step(batch.rows, batch.sequences, len(batch), None, copied, fills=fills))
+        rows.computed[batch.rows] += 1
+        self._decode.send_nowait(plan)
+        return True
+
+    def _settle_batch(self, updates: list[Update]) -> None:
+        """Lets go who is at its target or paused, and gives the others the blocks that their next tokens need.
+
+        It counts for how many steps behind this one there is nothing of the kind to do as long as the batch stays what
+        it is: most steps are so, and the columns need not be looked at in each."""
         batch = self._batch
-        at_target = rows.computed[batch.rows] >= rows.target[batch.rows]
-        if at_target.any():
-            for row in batch.rows[at_target].tolist():
+        computed = self._rows.computed[batch.rows]
+        left = int((self._rows.target[batch.rows] - computed).min(initial=BLOCK_SIZE))
+        if left <= 0:
+            for row in batch.rows[computed >= self._rows.target[batch.rows]].tolist():
                 batch.leave(row)  # its last tokens are on their way
         if self._num_paused:
             for sequence in batch.sequences:
                 if sequence.request.paused:
                     batch.leave(sequence.row)
                     self._ready.append(sequence)
-
-        updates: list[Update] = []  # (row, first index, blocks)
-        copies: list[Copy] = []  # (for whom, source, target)
-        self._grow_batch(updates)
-        joined = self._join_batch(updates, copies)
-        if not batch:
-            return False
-        present = [update for update in updates if batch.get(update[0]) is not None] if updates else updates
-        plan = decode_plan(self._next_step[Lane.DECODE], batch, joined, present, copies, rows)
-        copied = [source for _, source, _ in copies]
-        self._take_credit(Lane.DECODE, Step(batch.rows, batch.sequences, len(batch), None, copied))
-        rows.computed[batch.rows] += 1
-        self._decode.send_nowait(plan)
-        return True
+        room = int((-computed % BLOCK_SIZE).min(initial=BLOCK_SIZE))  # tokens that fit everywhere
+        if room == 0:
+            self._grow_batch(updates)
+        self._quiet_rows, self._quiet_steps = batch.rows, max(0, min(left, room) - 1)
 
     def _grow_batch(self, updates: list[Update]) -> None:
         """Gives the batch the blocks that its next tokens need; who gets none leaves until there is one."""
         rows = self._batch.rows
-        at_border = self._rows.computed[rows] % BLOCK_SIZE == 0
-        if not at_border.any():
-            return
-        growing = rows[at_border].tolist()
+        growing = rows[self._rows.computed[rows] % BLOCK_SIZE == 0].tolist()
         if len(growing) <= self.residency.pool.num_free:
             for row, block in zip(growing, self.residency.pool.allocate(len(growing)), strict=True):
                 table = self._batch[row].table

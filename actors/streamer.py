@@ -177,8 +177,11 @@ class Streamer:
             else:
                 self._push_with_stops(seq, choice, text, token, logprobs.get(place))
         self._metrics.tokens_generated.inc(len(tokens))
-        for last_at, count in Counter(since).items():
-            self._metrics.inter_token.observe(now - last_at, count)
+        if since and since.count(since[0]) == len(since):
+            self._metrics.inter_token.observe(now - since[0], len(since))
+        else:
+            for last_at, count in Counter(since).items():
+                self._metrics.inter_token.observe(now - last_at, count)
 
     def _push_with_stops(
         self, seq: SequenceId, choice: _Choice, text: str, token: int, logprob: TokenLogprob | None

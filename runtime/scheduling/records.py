@@ -75,7 +75,7 @@ class Sequence:
 class Step:
     """A launched step: which rows it names, and for prefill how far it takes them."""
 
-    __slots__ = ("copied", "ends", "num_tokens", "rows", "sequences")
+    __slots__ = ("copied", "ends", "fills", "num_tokens", "rows", "sequences")
 
     def __init__(
         self,
@@ -84,11 +84,14 @@ class Step:
         num_tokens: int,
         ends: NDArray[np.int64] | None,
         copied: Iterable[int] = (),
+        *,
+        fills: bool = True,
     ) -> None:
         self.rows = rows
         self.sequences = sequences
         self.num_tokens = num_tokens
         self.ends = ends  # [num_seqs] positions confirmed once it reports; None: one more each
+        self.fills = fills  # whether it may write the last position of a block
         self.copied = list(copied)  # blocks that it copies from, with a reference of its own to each
 
     def rows_of(self, seqs: list[SequenceId]) -> NDArray[np.int32]:

@@ -168,7 +168,7 @@ class Residency:
         before = self.rows.confirmed[step.rows]
         ends = before + 1 if step.ends is None else step.ends
         self.rows.confirmed[step.rows] = ends
-        if self._hasher is not None:
+        if self._hasher is not None and step.fills:
             for index in (before // BLOCK_SIZE != ends // BLOCK_SIZE).nonzero()[0].tolist():
                 if not step.sequences[index].leaving:
                     self._publish(self._hasher, step.sequences[index], int(ends[index]) // BLOCK_SIZE)
