@@ -82,8 +82,6 @@ class Scheduler:
         self._ready: list[Sequence] = []
         self._batch = DecodeBatch()
         self._num_paused = 0  # requests
-        self._quiet_rows = self._batch.rows  # for which `_quiet_steps` holds
-        self._quiet_steps = 0
         # Head of the queue, free rows and free blocks when it last found no room: nothing new, no new attempt.
         self._stuck: tuple[Sequence, int, int] | None = None
         self._deadlines: list[tuple[float, RequestId]] = []  # heap
@@ -332,8 +330,8 @@ class Scheduler:
         updates: list[Update] = []  # (row, first index, blocks)
         copies: list[Copy] = []  # (for whom, source, target)
         joined: list[Sequence] = []
-        if self._quiet_steps and batch.rows is self._quiet_rows and not self._ready and not self._num_paused:
-            self._quiet_steps -= 1
+        if batch.quiet_steps and not self._ready and not self._num_paused:
+            batch.quiet_steps -= 1
         else:
             self._settle_batch(updates)
             joined = self._join_batch(updates, copies)
@@ -342,17 +340,14 @@ class Scheduler:
         present = [update for update in updates if batch.get(update[0]) is not None] if updates else updates
         plan = decode_plan(self._next_step[Lane.DECODE], batch, joined, present, copies, rows)
         copied = [source for _, source, _ in copies]
-        fills = bool(joined) or self._quiet_steps == 0
-        self._take_credit(Lane.DECODE, Step(batch.rows, batch.sequences, len(batch), None, copied, fills=fills))
+        step = Step(batch.rows, batch.sequences, len(batch), None, copied, fills=batch.quiet_steps == 0)
+        self._take_credit(Lane.DECODE, step)
         rows.computed[batch.rows] += 1
         self._decode.send_nowait(plan)
         return True
 
     def _settle_batch(self, updates: list[Update]) -> None:
-        """Lets go who is at its target or paused, and gives the others the blocks that their next tokens need.
-
-        It counts for how many steps behind this one there is nothing of the kind to do as long as the batch stays what
-        it is: most steps are so, and the columns need not be looked at in each."""
+        """Lets go who is at its target or paused, and gives the others the blocks that their next tokens need."""
         batch = self._batch
         computed = self._rows.computed[batch.rows]
         left = int((self._rows.target[batch.rows] - computed).min(initial=BLOCK_SIZE))
@@ -367,7 +362,7 @@ class Scheduler:
         room = int((-computed % BLOCK_SIZE).min(initial=BLOCK_SIZE))  # tokens that fit everywhere
         if room == 0:
             self._grow_batch(updates)
-        self._quiet_rows, self._quiet_steps = batch.rows, max(0, min(left, room) - 1)
+        batch.quiet_steps = max(0, min(left, room) - 1)
 
     def _grow_batch(self, updates: list[Update]) -> None:
         """Gives the batch the blocks that its next tokens need; who gets none leaves until there is one."""

@@ -11,9 +11,14 @@ class DecodeBatch:
     """Sequences by row, in the order in which they joined.
 
     `rows` and `seqs` are columns for plans. Launched plans hold them, so a change replaces them and never writes.
+
+    Attributes:
+        quiet_steps: how many steps nobody will end or need a block in, if nobody joins or leaves: most steps are so,
+            and columns need not be looked at in each.
     """
 
     def __init__(self) -> None:
+        self.quiet_steps = 0
         self._members: dict[int, Sequence] = {}
         self._changed = False
         self._rows: NDArray[np.int32] = np.empty(0, dtype=np.int32)
@@ -32,10 +37,12 @@ class DecodeBatch:
     def join(self, sequence: Sequence) -> None:
         self._members[sequence.row] = sequence
         self._changed = True
+        self.quiet_steps = 0
 
     def leave(self, row: int) -> None:
         del self._members[row]
         self._changed = True
+        self.quiet_steps = 0
 
     @property
     def rows(self) -> NDArray[np.int32]:
