@@ -58,12 +58,13 @@ class Sampler:
         self._scheduler = scheduler
         self._streamer = streamer
         self._lane = lane
-        # [max_rows]:
-        self._ones = np.ones(lane.max_rows, dtype=np.int32)
-        rows = lane.max_rows
         self._eos = frozenset(eos_token_ids)
         self._is_eos = np.zeros(lane.vocab_size, dtype=bool)  # [vocab_size]
         self._is_eos[list(eos_token_ids)] = True
+        # [max_rows]:
+        rows = lane.max_rows
+        self._ones = np.ones(rows, dtype=np.int32)
+        self._ones.flags.writeable = False  # parts of it go into messages
         self._num_output = np.zeros(rows, dtype=np.int32)
         self._max_new = np.zeros(rows, dtype=np.int32)
         self._stops_at_eos = np.zeros(rows, dtype=bool)

@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from itertools import chain
 
-import numpy as np
-
 from millrace.runtime.channel import Receiver, Sender
 from millrace.runtime.config import SchedulerConfig
 from millrace.runtime.errors import DeadlineExceededError, ErrorInfo, QueueFullError, RequestCancelledError
@@ -41,7 +39,6 @@ from millrace.runtime.types import BLOCK_SIZE, FinishReason, Lane, RequestId, Se
 from millrace.runtime.world import World
 
 PROMPT_LOGPROB_CHUNK = 64  # tokens; logits of a whole chunk are held at once, [chunk, vocab_size] float32
-_EMPTY = np.empty(0, dtype=np.int32)
 
 
 class Scheduler:

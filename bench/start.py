@@ -29,7 +29,7 @@ import asyncio, sys
 from millrace.runtime import Runtime
 async def main():
     async with Runtime(sys.argv[1], model__quantize=sys.argv[2], model__build=sys.argv[3], log__level="error"):
-        print("ready", flush=True)
+        print("<ready>", flush=True)
 asyncio.run(main())
 """
 _LIMIT_S = 600
@@ -69,9 +69,9 @@ def one_round(model: Path, quantize: str, build: Path) -> Start:
     python = [sys.executable, "-c"]
     serve = [sys.executable, "-m", "millrace.runtime", "serve", str(model), "--port", "0", "--quantize", quantize]
     return Start(
-        until([*python, "import torch; print('ready', flush=True)"], "ready"),
-        until([*python, _RUNTIME, str(model), quantize, ""], "ready"),
-        until([*python, _RUNTIME, str(model), quantize, str(build)], "ready"),
+        until([*python, "import torch; print('<ready>', flush=True)"], "<ready>"),
+        until([*python, _RUNTIME, str(model), quantize, ""], "<ready>"),
+        until([*python, _RUNTIME, str(model), quantize, str(build)], "<ready>"),
         until(serve, "chat page"),
         until([*serve, "--build", str(build)], "chat page"),
     )

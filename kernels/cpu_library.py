@@ -71,7 +71,7 @@ def default_library() -> ctypes.CDLL | None:
         reason = "the C++ kernels are not built; `millrace.kernels.cpu_library.prepare()` builds them"
     except (OSError, AttributeError) as error:
         reason = f"the C++ kernels cannot be loaded: {error}"
-    _log.info("CPU ops run in torch: %s", reason)
+    _log.info("CPU ops run in torch, sampling in numpy: %s", reason)
     return None
 
 

@@ -24,7 +24,7 @@ _TYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 
 class CpuLinear(PackedLinear):
-    """A weight copied into panels; the original is not kept. Activations of a matrix of 8 or 4 bits are quantised to 8
+    """A weight copied into panels; the original is not kept. For a matrix of integers activations are quantised to 8
     bits on the way, with one scale for each group of each row."""
 
     def __init__(self, matrix: CpuMatrix) -> None:

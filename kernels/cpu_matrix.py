@@ -1,4 +1,4 @@
-"""A weight matrix as the C++ library multiplies it: panels of cpu/linear.cpp or, of 8 bits and fewer, quantized.cpp.
+"""A weight matrix as the C++ library multiplies it: panels of cpu/linear.cpp or, of integers, quantized.cpp.
 
 Nothing here wants torch; `cpu_linear` packs torch's tensors into such matrices.
 """

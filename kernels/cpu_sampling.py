@@ -13,8 +13,6 @@ _first_byte: Callable[[Floats], ctypes.c_char] = ctypes.c_char.from_buffer  # ty
 
 
 class CpuSampling(Sampling):
-    name = "cpu"
-
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 

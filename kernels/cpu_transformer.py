@@ -138,18 +138,18 @@ def address(name: str, array: Array, dtype: np.dtype[Any] | type, shape: tuple[i
 
 
 def fault_of(code: int, batch: BatchC) -> IndexError:
-    """What decoder.cpp says to be wrong with a batch."""
-    index, what = divmod(code - 1, 6)
+    """What decoder.cpp says to be wrong with a batch; the complaints stand in the order of its `Fault`."""
     complaints = (
-        f"the position of token {index} is outside the table",
-        f"the slot of token {index} is outside the pool of {batch.num_blocks} blocks",
-        f"entry {index} of logits_indices is not one of the {batch.num_tokens} tokens",
-        f"the block table of sequence {index} names a block outside the pool of {batch.num_blocks} blocks",
-        f"token {index} is outside the vocabulary",
-        f"query_starts and context_lens of sequence {index} do not fit {batch.num_tokens} tokens and block tables of"
-        f" {batch.max_blocks} blocks",
+        "the position of token {index} is outside the table",
+        "the slot of token {index} is outside the pool of {batch.num_blocks} blocks",
+        "entry {index} of logits_indices is not one of the {batch.num_tokens} tokens",
+        "the block table of sequence {index} names a block outside the pool of {batch.num_blocks} blocks",
+        "token {index} is outside the vocabulary",
+        "query_starts and context_lens of sequence {index} do not fit {batch.num_tokens} tokens and block tables of"
+        " {batch.max_blocks} blocks",
     )
-    return IndexError(f"decoder: {complaints[what]}")
+    index, what = divmod(code - 1, len(complaints))
+    return IndexError("decoder: " + complaints[what].format(index=index, batch=batch))
 
 
 def refuse_head_dim(library: ctypes.CDLL, head_dim: int) -> str:
@@ -173,8 +173,10 @@ class CpuDecoder:
         self.hidden = state.final_norm.weight.size
         self._is_rms = state.final_norm.bias is None
         heads, kv_heads, dim = state.num_heads, state.num_kv_heads, state.head_dim
-        if kv_heads < 1 or heads % kv_heads:
+        if kv_heads < 1 or heads < 1 or heads % kv_heads:
             raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values")
+        if not state.layers or any(layer.window is not None and layer.window < 1 for layer in state.layers):
+            raise ValueError("there must be layers, with windows of at least 1")
         layers = (LayerC * len(state.layers))(
             *(
                 LayerC(
@@ -257,6 +259,8 @@ class CpuTransformer:
         if state.table_kind not in TABLE_KINDS:
             raise ValueError(f"there is no table of kind {state.table_kind}")
         if learned is not None:
+            if state.decoder.cos_sin is not None:
+                raise ValueError("positions are either learned or rotated")
             address("learned", learned, np.float32, (len(learned), hidden))
             self.decoder.c.max_positions = len(learned)
         num_bytes = self.head.out_features * hidden * KIND_BYTES[state.table_kind]

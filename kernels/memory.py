@@ -1,6 +1,7 @@
 """Huge pages for large arrays: a walk through the page tables for every 4 KiB is a visible part of reading weights
 once a step, and of reading keys and values in scattered runs."""
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -37,7 +38,8 @@ class _WeightMemory:
             chunk = None if self._chunk is None else self._chunk()
             if chunk is None or self._used + size > len(chunk):
                 chunk = mmap.mmap(-1, max(size + _HUGE_PAGE, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                chunk.madvise(_MADV_HUGEPAGE)  # a request: where it is not granted, pages are small
+                with contextlib.suppress(OSError):  # a system without huge pages
+                    chunk.madvise(_MADV_HUGEPAGE)
                 self._chunk = weakref.ref(chunk)
                 self._used = -np.frombuffer(chunk, dtype=np.uint8, count=1).ctypes.data % _HUGE_PAGE
             begin, self._used = self._used, self._used + size

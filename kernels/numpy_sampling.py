@@ -42,8 +42,6 @@ _scratch = threading.local()  # a place for weights: fresh pages for each step w
 
 
 class NumpySampling(Sampling):
-    name = "numpy"
-
     def block_maxima(self, logits: Floats) -> Floats:
         return block_maxima(logits)
 

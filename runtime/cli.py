@@ -30,7 +30,7 @@ _SHORT = {
     "log.level": "--log-level",
 }
 
-_BUILD = """pack a model's matrices for this processor, so that starts are quicker
+_BUILD = """pack a model's weights for this processor, so that a start needs neither minutes nor torch
 
 Later: millrace serve MODEL --build OUT, with the same --dtype and --quantize. The folder may be deleted at any time;
 where it does not fit any more (another processor, other kernels or options, a changed model), the log says so, and

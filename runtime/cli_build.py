@@ -21,7 +21,7 @@ def build(args: argparse.Namespace, config: Config) -> int:
         ("model.random_weights", config.model.random_weights, ""),
         ("device.kind", config.device.kind, "cpu"),
     ):
-        if value not in (wanted, "auto"):
+        if value != wanted and not (key == "device.kind" and value == "auto"):
             fault = f"{key} is {value}, but a build is made of a checkpoint for the CPU: leave it out"
             raise ConfigError(fault, param=key)
     started = time.perf_counter()
@@ -30,8 +30,8 @@ def build(args: argparse.Namespace, config: Config) -> int:
     _err.print(cpu_library.prepare(), soft_wrap=True)
     if cpu_library.default_library() is None:
         raise ConfigError("a build keeps weights as the C++ kernels want them, which are not here: install g++")
-    # For all positions: a start may ask for fewer.
-    loaded = load(replace(config, {"model.max_model_len": 0}))
+    # For all positions and any cache: the start says which.
+    loaded = load(replace(config, {"model.max_model_len": 0, "kv.dtype": "auto"}))
     if not isinstance(loaded.model, CpuModel):
         raise ConfigError(
             f"{loaded.name} has matrices or heads that torch computes and not the C++ kernels, whose weights a build "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from millrace.runtime.device import StepOutput
 from millrace.runtime.kv.tables import BlockTables
 from millrace.runtime.messages import DecodePlan, LogitsReady, PrefillPlan, PromptLogprobs, SampleJoin, SwapPlan
-from millrace.runtime.models.base import Array, ForwardBatch, Model
+from millrace.runtime.models.base import ArrayT, ForwardBatch, Model
 from millrace.runtime.sampling.batch import SamplerState
 from millrace.runtime.sampling.logprobs import prompt_logprobs
 from millrace.runtime.sampling.rows import TokenRows
@@ -114,8 +114,8 @@ class Chunks(NamedTuple):
         )
 
     def batch(
-        self, columns: Mapping[str, Array], host: tuple[Sequence[int], Sequence[int]] | None = None
-    ) -> ForwardBatch[Array]:
+        self, columns: Mapping[str, ArrayT], host: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> ForwardBatch[ArrayT]:
         """The forward pass over these columns, which are given by name as arrays of the model's."""
         return ForwardBatch(
             tokens=columns["tokens"],

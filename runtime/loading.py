@@ -53,7 +53,11 @@ def _open_build(config: Config, path: Path, gpu: "Gpu | None") -> Build | None:
     if not folder:
         return None
     if gpu is not None or config.model.random_weights:
-        what = "the CPU: leave it empty, and see `millrace kernels build`" if gpu else "a checkpoint: leave it empty"
+        what = (
+            "the CPU: leave it empty, and see `millrace kernels build`, or set device.kind = cpu"
+            if gpu
+            else "a checkpoint: leave it empty"
+        )
         raise ConfigError(f"model.build is {folder}, but it is for {what}", param="model.build")
     return open_build(Path(folder).expanduser(), identity(path, build_options(config)))
 
@@ -76,10 +80,12 @@ def load(config: Config, progress: Progress | None = None, gpu: "Gpu | None" = N
     build = _open_build(config, found.path, gpu)
     if build is not None:
         # Weights are read meanwhile.
-        tokenizer, template = load_text(found.path, read_gguf(found.path).metadata if is_gguf(found.path) else None)
-        model = build.model(config.kv.dtype, config.model.max_model_len)
+        with build:
+            tokenizer, template = load_text(found.path, read_gguf(found.path).metadata if is_gguf(found.path) else None)
+            model = build.model(config.kv.dtype, config.model.max_model_len)
         if model is not None:
             return Loaded(name, found.path, model, tokenizer, template)
+        del build  # and with it the memory of its weights
     # Imported here, because it brings torch, which takes longer than all that a start from a build does.
     from millrace.runtime.loading_torch import load_with_torch
 

@@ -7,7 +7,7 @@
 
 #include "convert.h"
 
-enum KvKind { KV_FLOAT32, KV_BFLOAT16, KV_INT8, KV_FP8 };  // numbered as in cpu_decoder.py
+enum KvKind { KV_FLOAT32, KV_BFLOAT16, KV_INT8, KV_FP8 };  // numbered as in cpu_transformer.py
 
 struct KvFloat32 {
     typedef float Element;

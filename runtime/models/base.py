@@ -9,8 +9,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-Array = TypeVar("Array")  # numpy's on the host, so that serving there needs no torch; torch's tensors on a device
-Other = TypeVar("Other")
+ArrayT = TypeVar(
+    "ArrayT"
+)  # of arrays: numpy's on the host, so that serving there needs no torch; torch's tensors on a device
+OtherT = TypeVar("OtherT")
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,20 +41,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: str = ""
 
 
-class ForwardBatch(msgspec.Struct, Generic[Array], kw_only=True):
+class ForwardBatch(msgspec.Struct, Generic[ArrayT], kw_only=True):
     """A ragged batch: the new tokens of all sequences, one after the other. All arrays lie where the model does.
 
     Decode steps have one token a sequence; prefill chunks have many, behind a context that is cached already. A lane
     may give the same batch again with other values in its arrays.
     """
 
-    tokens: Array  # [num_tokens] int64
-    positions: Array  # [num_tokens] int64, position of each token in its sequence
-    slot_mapping: Array  # [num_tokens] int64, block * types.BLOCK_SIZE + offset where its key and value go
-    query_starts: Array  # [num_seqs + 1] int32, bounds of each sequence's tokens in the flat batch
-    context_lens: Array  # [num_seqs] int32, positions in the cache once this batch is written
-    block_tables: Array  # [num_seqs, max_blocks] int32; entries beyond a context are stale: not to be read
-    logits_indices: Array  # [num_logits] int64, tokens of the flat batch whose logits are wanted
+    tokens: ArrayT  # [num_tokens] int64
+    positions: ArrayT  # [num_tokens] int64, position of each token in its sequence
+    slot_mapping: ArrayT  # [num_tokens] int64, block * types.BLOCK_SIZE + offset where its key and value go
+    query_starts: ArrayT  # [num_seqs + 1] int32, bounds of each sequence's tokens in the flat batch
+    context_lens: ArrayT  # [num_seqs] int32, positions in the cache once this batch is written
+    block_tables: ArrayT  # [num_seqs, max_blocks] int32; entries beyond a context are stale: not to be read
+    logits_indices: ArrayT  # [num_logits] int64, tokens of the flat batch whose logits are wanted
     max_query_len: int
     max_context_len: int
     # Values of query_starts and context_lens where those lie on a device: reading them back would wait for it. None
@@ -61,9 +63,9 @@ class ForwardBatch(msgspec.Struct, Generic[Array], kw_only=True):
     is_decode: bool = False  # one token per sequence, and the logits of all of them are wanted, in order
     # [at least num_logits, vocab_size] float32 where the model may put the logits: a caller that keeps one for its lane
     # spares the fresh pages of tens of megabytes in every step.
-    logits_out: Array | None = None
+    logits_out: ArrayT | None = None
 
-    def converted(self, convert: Callable[[Array], Other]) -> "ForwardBatch[Other]":
+    def converted(self, convert: Callable[[ArrayT], OtherT]) -> "ForwardBatch[OtherT]":
         """The same with arrays of another library."""
         return ForwardBatch(
             tokens=convert(self.tokens),
@@ -81,7 +83,7 @@ class ForwardBatch(msgspec.Struct, Generic[Array], kw_only=True):
         )
 
 
-class Model(Protocol[Array]):
+class Model(Protocol[ArrayT]):
     """One checkpoint, loaded. `kv` is the model's own storage, made by `allocate_kv`; nobody else looks inside."""
 
     spec: ModelSpec
@@ -95,9 +97,9 @@ class Model(Protocol[Array]):
     def allocate_kv(self, num_blocks: int) -> Any:
         """Storage for `num_blocks` blocks; block 0 is the null block. The pages may be committed on first write."""
 
-    def forward(self, batch: ForwardBatch[Array], kv: Any) -> Array:
+    def forward(self, batch: ForwardBatch[ArrayT], kv: Any) -> ArrayT:
         """Writes keys and values of all tokens, and returns logits [num_logits, vocab_size] in the type that the model
         computes in: float32 on the CPU. They may lie in `logits_out`, and be overwritten by the next pass."""
 
-    def copy_blocks(self, kv: Any, source: Array, target: Array) -> None:
+    def copy_blocks(self, kv: Any, source: ArrayT, target: ArrayT) -> None:
         """Copies whole blocks in every layer (copy-on-write); source and target are [num_copies] int64."""

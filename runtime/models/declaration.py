@@ -5,7 +5,7 @@ cannot drift apart.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -59,8 +59,8 @@ class WeightSource(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor as stored: float32, bfloat16 or float16. It may lie in the file and is valid until `release`."""
 
-    def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
-        """The matrix of the parts `names`, which `make` packs: a source may note what became of it."""
+    def note_packed(self, names: Sequence[str], linear: ops.PackedLinear) -> None:
+        """The parts `names` have become this matrix: a source may tell people of it."""
 
     def matrix(self, name: str) -> AnyWeight:
         """The weight of a linear map or a table, `<name>.weight`: as `read` gives it, or in the 8 bits or fewer that it
@@ -121,7 +121,9 @@ class LinearDecl(msgspec.Struct, frozen=True, kw_only=True):
                 yield TensorDecl(f"{part.name}.bias", (part.out_features,))
 
     def load(self, source: WeightSource, *, is_output: bool = False) -> ops.PackedLinear:
-        return source.packed([part.name for part in self.parts], lambda: self._pack(source, is_output))
+        linear = self._pack(source, is_output)
+        source.note_packed([part.name for part in self.parts], linear)
+        return linear
 
     def _pack(self, source: WeightSource, is_output: bool) -> ops.PackedLinear:
         place = source.placement
@@ -167,7 +169,9 @@ class EmbeddingDecl(msgspec.Struct, frozen=True):
 
     def load_tied(self, source: WeightSource) -> ops.PackedLinear:
         """The table as the matrix that gives the logits; its rows are looked up there too."""
-        return source.packed([self.name], lambda: self._pack_tied(source))
+        linear = self._pack_tied(source)
+        source.note_packed([self.name], linear)
+        return linear
 
     def _pack_tied(self, source: WeightSource) -> ops.PackedLinear:
         stored = source.matrix(self.name)

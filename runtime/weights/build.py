@@ -7,11 +7,13 @@ build. So it may be deleted at any time. Texts (tokenizer and chat template) are
 
 import ctypes
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +27,14 @@ from millrace.kernels.cpu_build import Toolchain
 from millrace.kernels.cpu_library import default_library
 from millrace.kernels.cpu_transformer import KV_KINDS, TransformerState
 from millrace.kernels.memory import empty_weight
-from millrace.runtime.errors import CheckpointError, ConfigError
+from millrace.runtime.errors import ConfigError
 from millrace.runtime.models.base import ModelSpec
 from millrace.runtime.models.cpu_model import CpuModel
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 2  # to be raised with whatever changes weights that were made before: rounding, rotations, readers
+_DTYPES = ("uint8", "int64", "float32")
 _ALIGNMENT = 64  # a cache line
 _PART = 16 << 20  # bytes that a thread reads at a time
 _PROBE = 1 << 20  # bytes at either end of a file that tell whether it is the same one
@@ -71,6 +74,7 @@ def identity(path: Path, options: Mapping[str, Any]) -> Identity:
         "model files": hashlib.sha256("\n".join(f"{file.name} {_digest(file)}" for file in files).encode()).hexdigest(),
         "options": json.dumps(options, sort_keys=True),
         "kernels and processor": Toolchain().folder().name,
+        "version of millrace": importlib.metadata.version("millrace"),
     }
 
 
@@ -94,9 +98,8 @@ def check_output(output: Path) -> None:
 def write_build(output: Path, holds_for: Identity, model: CpuModel) -> int:
     """Writes a build, all of it or nothing, and returns its size in bytes. Raises ConfigError where `output` exists."""
     check_output(output)
-    scratch = output.with_name(output.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     try:
         with (scratch / "weights.bin").open("wb") as file:
             described = _Model(model.spec, model.kv_dtype, model.transformer.state)
@@ -119,7 +122,7 @@ def _write(file: BinaryIO, array: Array) -> dict[str, Any]:
 
 
 class Build:
-    """A build that holds, whose weights are being read in other threads."""
+    """A build that holds, whose weights are being read in other threads until it is left as a context."""
 
     def __init__(self, folder: Path, size: int, library: ctypes.CDLL) -> None:
         self._folder, self._library = folder, library
@@ -130,33 +133,51 @@ class Build:
             self._pool.submit(_fill, folder / "weights.bin", self._memory[start : start + _PART].data, start)
             for start in range(0, size, _PART)
         ]
-        self._pool.shutdown(wait=False)
+
+    def __enter__(self) -> "Build":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def model(self, kv_dtype: str, max_model_len: int) -> CpuModel | None:
         """The model, once all is read, with keys and values of that type ("auto": what goes with its weights), and for
-        that many positions, if they are fewer than it was made for; 0: for all. None, with a warning, for a manifest
-        that does not fit the weights. Raises CheckpointError where they end too soon."""
-        for part in self._parts:
-            part.result()
+        that many positions; 0: for all. None, with a warning, where it cannot be read, or its manifest does not fit the
+        weights. Raises ConfigError for more positions than there are."""
         try:
+            for part in self._parts:
+                part.result()
             content = (self._folder / "manifest.json").read_bytes()
             described = msgspec.json.decode(content, type=_Model, dec_hook=lambda _, place: self._array(place))
             spec = described.spec
-            if 0 < max_model_len < spec.max_model_len:
+            if max_model_len > spec.max_model_len:
+                raise ConfigError(
+                    f"max_model_len is {max_model_len}, but it must be between 1 and {spec.max_model_len}, which the "
+                    "checkpoint was made for",
+                    param="max_model_len",
+                )
+            if max_model_len:
                 spec = msgspec.structs.replace(spec, max_model_len=max_model_len)
             wanted = described.kv_dtype if kv_dtype == "auto" else kv_dtype
             if wanted not in KV_KINDS:
                 raise ValueError(f"kv_dtype is {wanted}")
             return CpuModel(self._library, described.weights, spec, wanted)
         except (OSError, msgspec.MsgspecError, ValueError, TypeError) as error:
-            _unused(self._folder, f"its manifest does not fit: {error}")
+            _unused(self._folder, f"it is damaged: {error}")
             return None
 
     def _array(self, stored: Any) -> Array:
         place = msgspec.convert(stored, _Place)
+        if place.dtype not in _DTYPES:
+            raise ValueError(f"there is an array of {place.dtype}")
         dtype = np.dtype(place.dtype)
         end = place.offset + dtype.itemsize * math.prod(place.shape)
-        if place.offset < 0 or place.offset % dtype.itemsize or min(place.shape) < 0 or end > len(self._memory):
+        if (
+            place.offset < 0
+            or place.offset % dtype.itemsize
+            or min(place.shape, default=0) < 0
+            or end > len(self._memory)
+        ):
             raise ValueError(f"an array of {list(place.shape)} does not lie at {place.offset}")
         return self._memory[place.offset : end].view(dtype).reshape(place.shape)
 
@@ -167,7 +188,7 @@ def _fill(file: Path, space: memoryview, offset: int) -> None:
         while space:
             count = opened.readinto(space)
             if not count:
-                raise CheckpointError(f"{file} ends too soon: delete the build, and make it again")
+                raise OSError(f"{file} ends too soon")
             space = space[count:]
 
 

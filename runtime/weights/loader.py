@@ -177,12 +177,10 @@ class _CheckpointWeights:
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(self._matched.names[name])
 
-    def packed(self, names: Sequence[str], make: Callable[[], ops.PackedLinear]) -> ops.PackedLinear:
-        linear = make()
+    def note_packed(self, names: Sequence[str], linear: ops.PackedLinear) -> None:
         if linear.dtype in self._storage and any(map(self._is_quantized, names)):
             joined = " + ".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
             self.widened.setdefault(linear.dtype, []).append(joined)
-        return linear
 
     def _is_quantized(self, name: str) -> bool:
         stored = self._matched.names.get(f"{name}.weight")

@@ -7,8 +7,7 @@ import threading
 import pytest
 import torch
 
-from millrace.kernels import cpu_library
-from millrace.kernels.cuda_driver import has_driver
+from millrace.kernels import cpu_library, cuda_driver
 
 
 def library() -> object:
@@ -26,12 +25,16 @@ def test_a_thread_sets_its_own_number_of_threads_for_both() -> None:
         cpu_library.set_num_threads(2)
         seen.append((here.mr_num_threads(), torch.get_num_threads()))  # type: ignore[attr-defined]
 
-    cpu_library.set_num_threads(1)
-    thread = threading.Thread(target=other)
-    thread.start()
-    thread.join()
-    assert seen == [(2, 2)]
-    assert here.mr_num_threads() == torch.get_num_threads() == 1  # type: ignore[attr-defined]
+    before = torch.get_num_threads()
+    try:
+        cpu_library.set_num_threads(1)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert seen == [(2, 2)]
+        assert here.mr_num_threads() == torch.get_num_threads() == 1  # type: ignore[attr-defined]
+    finally:
+        cpu_library.set_num_threads(before)
 
 
 @pytest.mark.parametrize("first", ["torch", "library"])
@@ -55,5 +58,15 @@ with open("/proc/self/maps") as maps:
     assert (done.stdout.strip(), done.returncode) == ("1", 0), done.stderr
 
 
-def test_a_driver_is_there_only_where_torch_could_find_a_gpu() -> None:
-    assert has_driver() or not torch.cuda.is_available()
+def test_a_driver_is_there_where_its_library_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def missing(name: str) -> None:
+        asked.append(name)
+        raise OSError("not found")
+
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", missing)
+    assert not cuda_driver.has_driver()
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", asked.append)
+    assert cuda_driver.has_driver()
+    assert len(asked) == 2 and "cuda" in asked[0]

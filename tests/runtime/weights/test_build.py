@@ -20,6 +20,7 @@ from millrace.runtime.models.cpu_model import CpuModel
 from millrace.runtime.models.decoder import DecoderModel
 from millrace.runtime.models.host import cpu_model, tensor_model
 from millrace.runtime.quant.rounding import Quantization
+from millrace.runtime.weights import build as build_module
 from millrace.runtime.weights.build import identity, open_build, write_build
 from millrace.runtime.weights.loader import load_model
 
@@ -51,14 +52,15 @@ def built(folder: Path, output: Path, **options: Any) -> DecoderModel:
 def read(output: Path, folder: Path, kv: str = "auto", max_model_len: int = 0) -> CpuModel | None:
     build = open_build(output, identity(folder, {}))
     assert build is not None
-    return build.model(kv, max_model_len)
+    with build:
+        return build.model(kv, max_model_len)
 
 
 @pytest.mark.parametrize("method", ["none", "int8", "int4", "nf4", "fp8"])
 def test_the_same_bits(method: Any, model: Path, tmp_path: Path) -> None:
     quantize = None if method == "none" else Quantization(method=method, group_size=16)
     made = built(model, tmp_path / "out", quantize=quantize)
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     ready = read(tmp_path / "out", model)
     assert ready is not None
     assert torch.equal(logits(tensor_model(ready)), logits(made))
@@ -85,9 +87,11 @@ def test_types_and_lengths_are_of_the_start(model: Path, tmp_path: Path) -> None
     narrow = read(tmp_path / "out", model, "int8", 50)
     assert narrow is not None
     assert (narrow.kv_dtype, narrow.spec.max_model_len) == ("int8", 50)
-    usual = read(tmp_path / "out", model, max_model_len=1 << 30)
+    usual = read(tmp_path / "out", model)
     assert usual is not None
     assert (usual.kv_dtype, usual.spec.max_model_len) == ("bfloat16", made.spec.max_model_len)
+    with pytest.raises(ConfigError, match="max_model_len is 1073741824, but it must be between 1 and"):
+        read(tmp_path / "out", model, max_model_len=1 << 30)
 
 
 def rewrite(folder: Path, **values: Any) -> None:
@@ -156,10 +160,58 @@ def test_no_manifest_makes_kernels_read_what_is_not_theirs(
             ready = read(tmp_path / "out", model)
             if ready is None:
                 refused += 1
-                assert "its manifest does not fit" in caplog.text
+                assert "it is damaged" in caplog.text
             else:
                 logits(tensor_model(ready))
     assert refused > 3 * len(places)
+
+
+def without_layers(manifest: dict[str, Any]) -> None:
+    manifest["spec"]["num_layers"] = 0
+    manifest["weights"]["decoder"]["layers"] = []
+
+
+def with_learned_positions(manifest: dict[str, Any]) -> None:
+    manifest["weights"]["learned"] = {"dtype": "float32", "shape": [400, 64], "offset": 0}
+
+
+def with_a_window(manifest: dict[str, Any]) -> None:
+    manifest["weights"]["decoder"]["layers"][0]["window"] = -1
+
+
+def with_another_type(manifest: dict[str, Any]) -> None:
+    manifest["weights"]["head"]["bias"]["dtype"] = "S0"
+
+
+@pytest.mark.parametrize("change", [without_layers, with_learned_positions, with_a_window, with_another_type])
+def test_no_manifest_describes_what_there_is_not(
+    change: Any, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    built(model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    change(manifest)
+    rewrite(tmp_path / "out", **manifest)
+    assert read(tmp_path / "out", model) is None
+    assert "it is damaged" in caplog.text
+
+
+def test_weights_that_end_too_soon_are_left(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(model, tmp_path / "out")
+    holds_for = identity(model, {})
+    fill = build_module._fill
+
+    def cut_first(file: Path, space: memoryview, offset: int) -> None:
+        file.write_bytes(b"cut while it is read")
+        fill(file, space, offset)
+
+    monkeypatch.setattr(build_module, "_fill", cut_first)
+    build = open_build(tmp_path / "out", holds_for)
+    assert build is not None
+    with build:
+        assert build.model("auto", 0) is None
+    assert "ends too soon" in caplog.text
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +220,18 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "MB in" in capsys.readouterr().out
     said = []
     for options in ([], ["--build", str(output)]):
-        words = ["--quantize", "int8", "--prompt", "Once", "--temperature", "0", "--max-tokens", "8"]
+        words = [
+            "--device-kind",
+            "cpu",
+            "--quantize",
+            "int8",
+            "--prompt",
+            "Once",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "8",
+        ]
         assert cli.main(["generate", *words, *options]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
@@ -185,7 +248,7 @@ import asyncio, sys
 from millrace.runtime import Runtime, SamplingParams
 import millrace.server.app
 async def main():
-    async with Runtime(model__build={str(tmp_path / "out")!r}) as runtime:
+    async with Runtime(model__build={str(tmp_path / "out")!r}, device__kind="cpu") as runtime:
         for params in (
             SamplingParams(max_tokens=4, temperature=0.0, logprobs=2, prompt_logprobs=1),
             SamplingParams(max_tokens=4, seed=1, top_p=0.9, top_k=5, repetition_penalty=1.1, n=2),
