@@ -9,9 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-ArrayT = TypeVar(
-    "ArrayT"
-)  # of arrays: numpy's on the host, so that serving there needs no torch; torch's tensors on a device
+# Arrays are numpy's on the host, so that serving there needs no torch; torch's tensors on a device.
+ArrayT = TypeVar("ArrayT")
 OtherT = TypeVar("OtherT")
 
 
