@@ -38,8 +38,8 @@ class CpuSampling(Sampling):
 
 class CpuDrawer(TokenDrawer):
     """Behind a step that has streamed a model through the caches every array operation and every look-up of an address
-    costs tens of microseconds. So addresses are looked up once where they can be, indices go over as bytes, and C++
-    checks them."""
+    costs tens of microseconds. So addresses are looked up once where they can be (a decode lane gives the same logits
+    array again), indices go over as bytes, and C++ checks them."""
 
     def __init__(self, library: ctypes.CDLL, table: Settings, vocab: int) -> None:
         super().__init__(table, vocab)
@@ -47,22 +47,21 @@ class CpuDrawer(TokenDrawer):
         self._num_rows = len(table)
         self._tokens = np.empty(self._num_rows, dtype=np.int32)
         self._table_address, self._tokens_address = table.ctypes.data, self._tokens.ctypes.data
+        self._logits = np.empty((0, vocab), dtype=np.float32)  # the last that fitted; its place, stride and rows:
+        self._place = (0, vocab, 0)
 
     def __call__(self, logits: Floats, rows: Index, source: Index | None = None) -> tuple[Tokens, int]:
-        count, shape, strides = len(rows), logits.shape, logits.strides
+        count = len(rows)
         num_bad = -1
         if (
-            len(shape) == 2
-            and shape[1] == self.vocab
-            and (strides[1] == _NUM_BYTES or self.vocab == 1 or shape[0] == 0)
-            and strides[0] % _NUM_BYTES == 0
-            and logits.dtype == _FLOAT32
-            and rows.shape == (count,)
+            (logits is self._logits or self._takes(logits))
+            and rows.ndim == 1
             and rows.dtype.kind == "i"
             and (source is None or (source.dtype.kind == "i" and source.shape == (count,)))
         ):
+            address, stride, num_logits = self._place
             num_bad = self._draw(
-                _address(logits), strides[0] // _NUM_BYTES, shape[0], self.vocab, self._table_address, self._num_rows,
+                address, stride, num_logits, self.vocab, self._table_address, self._num_rows,
                 None if source is None else source.tobytes(), 0 if source is None else source.itemsize,
                 rows.tobytes(), rows.itemsize, count, self._tokens_address, self._num_threads(),
             )  # fmt: skip
@@ -70,6 +69,20 @@ class CpuDrawer(TokenDrawer):
             self.check(logits, rows, np.arange(count) if source is None else source)
             raise AssertionError("C++ refused arguments that Python takes")
         return self._tokens[:count].copy(), num_bad
+
+    def _takes(self, logits: Floats) -> bool:
+        """Whether C++ can read these logits; then it has their place."""
+        shape, strides = logits.shape, logits.strides
+        fits = (
+            len(shape) == 2
+            and shape[1] == self.vocab
+            and (strides[1] == _NUM_BYTES or self.vocab == 1 or shape[0] == 0)
+            and strides[0] % _NUM_BYTES == 0
+            and logits.dtype == _FLOAT32
+        )
+        if fits:
+            self._logits, self._place = logits, (_address(logits), strides[0] // _NUM_BYTES, shape[0])
+        return fits
 
 
 def _address(logits: Floats) -> int:
