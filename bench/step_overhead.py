@@ -27,7 +27,7 @@ from stream_cost import measure as stream_cost
 from stream_cost import measure_floor
 
 from millrace.kernels.cpu_library import set_num_threads
-from millrace.runtime import engine as engine_module
+from millrace.runtime import lanes as lanes_module
 from millrace.runtime.config import load_config
 from millrace.runtime.device import NullDevice
 from millrace.runtime.engine import Engine
@@ -77,11 +77,14 @@ class NullSampling:
     """Draws token 1 for everybody: sampling is arithmetic too."""
 
     def __init__(self, max_rows: int, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self.vocab_size = vocab_size
+        self.max_rows, self.vocab_size = max_rows, vocab_size
         self._tokens = np.ones(max_rows, dtype=np.int32)
         self._none = np.empty(0, dtype=np.int64)
 
     def join(self, *args: Any) -> None:
+        return None
+
+    def leave(self, row: int) -> None:
         return None
 
     def sample(self, logits: Any, rows: Any, logits_index: Any) -> Sampled:
@@ -162,7 +165,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="runs of each batch, interleaved; the median counts")
     args = parser.parse_args()
     set_num_threads(1)
-    engine_module.SamplerState = NullSampling  # type: ignore[assignment,misc]
+    lanes_module.SamplerState = NullSampling  # type: ignore[assignment,misc]
     costs: dict[int, list[float]] = {batch: [] for batch in args.batches}
     for _ in range(args.runs):
         for batch in args.batches:
