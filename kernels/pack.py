@@ -13,8 +13,9 @@ from millrace.kernels.arguments import (
     Refusal,
 )
 from millrace.kernels.checks import FLOAT, LONG, WEIGHT, check, refuse
+from millrace.kernels.cpu_matrix import CODEBOOK_SIZE
 from millrace.kernels.dispatch import Backends, default_backends, serve
-from millrace.kernels.quantized import CODEBOOK_SIZE, Float8Weight, QuantizedWeight
+from millrace.kernels.quantized import Float8Weight, QuantizedWeight
 
 
 def pack_linear(

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CODEBOOK_SIZE = 16
 _SLICE = 1 << 22  # elements that are float32 at a time
 
 

@@ -24,7 +24,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from millrace.kernels.quantized import CODEBOOK_SIZE, QuantizedWeight
+from millrace.kernels.cpu_matrix import CODEBOOK_SIZE
+from millrace.kernels.quantized import QuantizedWeight
 from millrace.runtime.models.config import ConfigReader
 from millrace.runtime.quant.formats.base import FLOATS, Matrix, Part, StoredMatrix, is_listed
 from millrace.runtime.quant.formats.packing import quantized
